@@ -1,0 +1,45 @@
+# The environment .venv is made and kept up to date from pyproject.toml; nothing else is needed
+# beforehand than Python with its venv module.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help .venv demo test slow lint clean
+.NOTPARALLEL:
+
+help:
+	@echo "make .venv   the environment with everything that the tests need"
+	@echo "make demo    the demonstration, with only what it needs"
+	@echo "make test    the tests"
+	@echo "make slow    the tests that take longer"
+	@echo "make lint    style, formatting and types"
+	@echo "make clean   remove the environment and whatever was built"
+
+.venv: .venv/.test
+
+.venv/.created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# A stamp a set of extras, so that the demo does not install what only the tests need.
+.venv/.demo .venv/.test: .venv/.%: .venv/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+demo: .venv/.demo
+	$(BIN)/python -m jaxmpc.demo
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+slow: .venv/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,285 @@
+"""Differentiable MPC: the forward solver with the fixed-point KKT backward attached (Module 2).
+
+How the derivative is attached, in three steps:
+
+1. ``_fixed`` runs the solver. To the innermost differentiation it is a constant.
+2. At its point, the KKT residual of the problem is evaluated as a function of everything that
+   shapes the solution (params, closures, x_init, bounds). This is ordinary JAX code outside any
+   custom rule, so JAX differentiates it natively: for weights that a batch shares, straight into
+   one array of their size.
+3. ``_attach`` is the identity on the point, and a ``jax.custom_vjp``: its backward pass maps the
+   cotangent of the point to that of the KKT residual, by one masked LQR solve with the forward
+   pass's factorization (eq. 19).
+
+Second derivatives: the rule of ``_fixed`` returns the differentiable solution itself as its primal
+value with a zero tangent, so an outer differentiation sees the point move, and every order is right.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jaxmpc import problem, validation
+from jaxmpc.expansions import first_order, second_order, stage_costs, stages
+from jaxmpc.ilqr import forward
+from jaxmpc.lqr import (
+    Factors,
+    Point,
+    Rhs,
+    adjoint_cotangent,
+    adjoint_rhs,
+    factorize,
+    kkt_solve,
+)
+from jaxmpc.problem import Data, Model
+from jaxmpc.types import Options, Solution, Status
+
+
+def mpc_solve(
+    cost,
+    dynamics,
+    x_init: ArrayLike,
+    u_init: ArrayLike,
+    params: Any = None,
+    *,
+    terminal_cost=None,
+    u_lower: ArrayLike | None = None,
+    u_upper: ArrayLike | None = None,
+    options: Options = Options(),
+) -> Solution:
+    """TODO"""
+    validation.check_options(options)
+    model, data = problem.trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
+    )
+    return jax.jit(_differentiable(model))(data, options)
+
+
+def _differentiable(model: Model):
+    """The solution of ``model`` as a differentiable function of (data, options)."""
+
+    @jax.custom_jvp
+    def fixed(data: Data, options: Options) -> tuple[Solution, Factors]:
+        return forward(model, data, options)
+
+    def fixed_rule(primals, _):
+        out = solution_and_factors(*primals)
+        return out, jax.tree.map(SymbolicZero.from_primal_value, out)
+
+    fixed.defjvp(fixed_rule, symbolic_zeros=True)
+
+    def solution_and_factors(data, options):
+        solution, factors = fixed(data, options)
+        return _with_derivatives(model, data, options, solution, factors), factors
+
+    return lambda data, options: solution_and_factors(data, options)[0]
+
+
+def _with_derivatives(
+    model: Model, data: Data, options: Options, solution: Solution, factors: Factors
+) -> Solution:
+    """``solution`` with its derivatives: x, u and costate by the implicit function theorem,
+    the objective by the envelope theorem, the gains by that of their recursion."""
+    solved = (solution.status != Status.NONFINITE) & (solution.status != Status.INFEASIBLE)
+    implicit = options.unconverged == "implicit"
+    used = solved if implicit else solution.status == Status.CONVERGED
+    blank = jnp.nan if options.unconverged == "nan" else 0.0
+    policy = used, jnp.asarray(blank, solution.u.dtype)
+
+    # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
+    # differentiate at, another one has to stand in. Ones: zeros are a trap for atan2 and norms.
+    point = Point(solution.x, solution.u, solution.costate)
+    safe = jax.tree.map(lambda a: jnp.where(solved, a, 1), point)
+    theta = jax.tree.map(lambda leaf: _ones_unless(solved, leaf), data.theta)
+    free = solution.free
+
+    held = _constant(theta)
+    first = first_order(model, held, *safe[:2])
+    second = second_order(model, held, *safe)
+    exact = options.backward_hessian == "exact"
+    matrices = (second.H if exact else second.C, first.F, second.C_final)
+    factors, matrices = _zeros_unless(used, (factors, matrices))
+    if not exact:
+        factors = factorize(*lax.stop_gradient(matrices), free)
+
+    multiplier = first.control_cost + first.control_pull
+    gap = _bound_gap(data, safe.u, free, multiplier)
+    residual = _kkt_residual(model, theta, data.x_init, safe)
+    x, u, costate = _attach(point, residual, gap, factors, matrices, free, policy)
+    lagrangian = _lagrangian(model, theta, data.x_init, safe)
+    objective = _attach_value(solution.objective, lagrangian, gap, multiplier, policy)
+    moving = jax.tree.map(lambda a: jnp.where(solved, a, 1), Point(x, u, costate))
+    K = _attach_gains(model)(solution.K, moving, theta, free, policy)
+    return dataclasses.replace(solution, x=x, u=u, costate=costate, objective=objective, K=K)
+
+
+def _kkt_residual(model: Model, theta, x_init: Array, point: Point) -> Rhs:
+    """∇L, L the Lagrangian: 0 at a solution, where its derivatives shape those of the solution."""
+    x, u, costate = point
+    n = x_init.shape[0]
+
+    def hamiltonian(z, t, costate):
+        x, u = z[:n], z[n:]
+        x_next = model.dynamics(x, u, t, theta)
+        return model.cost(x, u, t, theta) + costate @ x_next, x_next
+
+    z = jnp.concatenate([x[:-1], u], axis=1)
+    c, x_next = jax.vmap(jax.grad(hamiltonian, has_aux=True))(z, stages(u), costate[1:])
+    c_final = jnp.zeros_like(x_init)
+    if model.terminal_cost is not None:
+        c_final = jax.grad(model.terminal_cost)(x[-1], theta)
+    return Rhs(
+        x_init=x_init - x[0],
+        c=c.at[:, :n].add(-costate[:-1]),
+        f=x_next - x[1:],
+        c_final=c_final - costate[-1],
+    )
+
+
+def _lagrangian(model: Model, theta, x_init: Array, point: Point) -> Array:
+    """The objective plus costates times dynamics, without the term of the bounds."""
+    x, u, costate = point
+    x_next = jax.vmap(model.dynamics, (0, 0, 0, None))(x[:-1], u, stages(u), theta)
+    return (
+        jnp.sum(stage_costs(model, theta, x, u))
+        + jnp.vdot(costate[1:], x_next - x[1:])
+        + costate[0] @ (x_init - x[0])
+    )
+
+
+def _bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
+    """0, as a function of the bounds: how far each clamped control is from the bound that holds
+    it, the one that the multiplier's sign names (half each at zero, for equal bounds)."""
+    lower, upper = data.u_lower, data.u_upper
+    middle = jnp.where(lower == upper, (lower + upper) * 0.5, u)
+    bound = jnp.where(multiplier > 0, lower, jnp.where(multiplier < 0, upper, middle))
+    return jnp.where(free, 0, bound - u)
+
+
+@jax.custom_vjp
+def _attach(point: Point, residual: Rhs, gap: Array, factors, matrices, free, policy) -> Point:
+    """The identity on ``point``, as a function of the KKT residual and the bounds.
+
+    With M the Hessian of the Lagrangian in y = (x, u, λ), free controls only, dy = −M⁻¹ d(∇L):
+    the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f, and w is the
+    cotangent of ∇L. A clamped control moves with its bound; the rest answers.
+    """
+    return point
+
+
+def _attach_fwd(point, residual, gap, factors, matrices, free, policy):
+    return point, (factors, matrices, free, policy)
+
+
+def _attach_bwd(saved, cotangent: Point):
+    factors, (C, F, C_final), free, (used, blank) = saved
+    n = C_final.shape[0]
+    cotangent = _zeros_unless(used, cotangent)
+    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent))
+    residual_bar = adjoint_cotangent(w)
+    pull = jnp.einsum("tij,tj->ti", C[:, n:], residual_bar.c)
+    pull += jnp.einsum("tij,ti->tj", F[:, :, n:], w.costate[1:])
+    gap_bar = jnp.where(free, 0, cotangent.u + pull)
+    residual_bar, gap_bar = jax.tree.map(
+        lambda a: jnp.where(used, a, blank), (residual_bar, gap_bar)
+    )
+    return None, residual_bar, gap_bar, None, None, None, None
+
+
+_attach.defvjp(_attach_fwd, _attach_bwd)
+
+
+@jax.custom_vjp
+def _attach_value(value: Array, lagrangian: Array, gap: Array, multiplier: Array, policy) -> Array:
+    """The identity on the optimal value, whose derivative is the Lagrangian's (envelope theorem)."""
+    return value
+
+
+def _attach_value_fwd(value, lagrangian, gap, multiplier, policy):
+    return value, (multiplier, policy)
+
+
+def _attach_value_bwd(saved, cotangent):
+    multiplier, (used, blank) = saved
+    cotangent = jnp.where(used, cotangent, blank)
+    gap_bar = jnp.where(used, multiplier * cotangent, blank)
+    return None, cotangent, gap_bar, None, None
+
+
+_attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
+
+
+def _attach_gains(model: Model):
+    @jax.custom_vjp
+    def attach(K, point, theta, free, policy):
+        return K
+
+    def bwd(saved, cotangent):
+        point, theta, free, (used, blank) = saved
+
+        def gains(point, theta):
+            F = first_order(model, theta, point.x, point.u).F
+            second = second_order(model, theta, *point)
+            return factorize(second.H, F, second.C_final, free).K
+
+        _, vjp = jax.vjp(gains, point, theta)
+        point_bar, theta_bar = vjp(jnp.where(used, cotangent, blank))
+        return None, point_bar, theta_bar, None, None
+
+    attach.defvjp(lambda K, *rest: (K, rest), bwd)
+    return attach
+
+
+@jax.custom_jvp
+def _constant(tree):
+    """The identity, a constant to the innermost differentiation and to no other: for what enters
+    the linear system's matrices, whose derivative multiplies a residual of zero."""
+    return tree
+
+
+_constant.defjvp(
+    lambda primals, _: (primals[0], jax.tree.map(SymbolicZero.from_primal_value, primals[0])),
+    symbolic_zeros=True,
+)
+
+
+def _zeros_unless(used: Array, tree):
+    return jax.tree.map(lambda a: jnp.where(used, a, 0), tree)
+
+
+@jax.custom_jvp
+def _ones_unless(solved: Array, leaf: Array) -> Array:
+    """``leaf``, or ones for a problem that has no solution, to first order the identity.
+
+    Under ``vmap`` only what each problem has of its own is replaced: what the batch shares is
+    either fine or no problem has a solution, and a copy per problem would not fit into memory.
+    """
+    return _replace(solved, leaf)
+
+
+@_ones_unless.defjvp
+def _ones_unless_jvp(primals, tangents):
+    return _ones_unless(*primals), tangents[1]
+
+
+@custom_vmap
+def _replace(solved, leaf):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return leaf
+    return jnp.where(solved, leaf, jnp.ones_like(leaf))
+
+
+@_replace.def_vmap
+def _replace_batched(size, batched, solved, leaf):
+    solved_batched, leaf_batched = batched
+    if not leaf_batched:
+        return leaf, False
+    if not solved_batched:
+        return _replace(solved, leaf), True
+    return jax.vmap(_replace)(solved, leaf), True

@@ -1,0 +1,115 @@
+"""What the solvers take and return: options, statuses and solutions."""
+
+import dataclasses
+import enum
+from typing import Literal
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+
+class Status(enum.IntEnum):
+    """How one problem ended. In a batch, ``solution.status`` holds one per problem.
+
+    * ``CONVERGED``: ``kkt_residual`` ≤ tolerance · max(1, |∇_u cost|_∞, |B_tᵀ λ_{t+1}|_∞), the
+      terms that cancel at a solution, and the curvature on the free controls is positive: a
+      strict local minimum.
+    * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
+    * ``STALLED``: no step lowers the objective, yet the residual is above the tolerance.
+    * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
+      rollout of ``u_init`` (or on an iterate).
+    * ``INDEFINITE``: the first-order conditions hold, but the curvature on the free controls is
+      not positive: a saddle or a degenerate minimum, where the implicit gradient does not exist.
+    * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere.
+    """
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    STALLED = 2
+    NONFINITE = 3
+    INDEFINITE = 4
+    INFEASIBLE = 5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of ``ilqr_box`` and ``mpc_solve``; every one has a default that is meant to stay.
+
+    The first four are pytree leaves: changing them does not recompile. The others change the
+    program.
+
+    Attributes:
+      tolerance: bound on the scaled KKT residual (see ``Status.CONVERGED``), dimensionless.
+        ``None`` takes √eps·2⁻⁸ of the working dtype's eps if that is float64 (5.8e-11), and
+        32·eps if it is narrower (float32: 3.8e-6).
+      max_iterations: bound on the number of iterations.
+      regularization: the first multiple of the stage's curvature that is added to Q_uu. It grows
+        by itself when steps fail and falls when they succeed.
+      line_search_decay: the ratio, in (0, 1), of successive step lengths (γ in Algorithm 2).
+      hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
+        leaves Q_uu positive definite; "ilqr" takes the paper's, with ∇²cost.
+      backward_hessian: the Hessian in the backward pass of ``mpc_solve``: "exact" (the gradients
+        are the derivatives of the solution), or "ilqr", the paper's H^n, which is ∇²cost and
+        right for affine dynamics only.
+      unconverged: the gradient of a problem that did not converge: "zero" (the default: one bad
+        problem must not poison a training step, so log the share that converged), "nan", or
+        "implicit" (as if it had converged; zero where the point is not finite or not feasible).
+    """
+
+    tolerance: ArrayLike | None = None
+    max_iterations: ArrayLike = 200
+    regularization: ArrayLike = 0.0
+    line_search_decay: ArrayLike = 0.5
+    hessian: Literal["exact", "ilqr"] = dataclasses.field(
+        default="exact", metadata=dict(static=True)
+    )
+    backward_hessian: Literal["exact", "ilqr"] = dataclasses.field(
+        default="exact", metadata=dict(static=True)
+    )
+    unconverged: Literal["zero", "nan", "implicit"] = dataclasses.field(
+        default="zero", metadata=dict(static=True)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LQRSolution:
+    """What ``lqr_solve`` returns: the plan u_t = K_t x_t + k_t, its states and its costates."""
+
+    x: Array  # [T+1, n]
+    u: Array  # [T, m]
+    costate: Array  # [T+1, n]; costate[t] = ∂(cost-to-go)/∂x_t
+    K: Array  # [T, m, n]; rows of pinned controls are 0
+    k: Array  # [T, m]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What ``ilqr_box`` and ``mpc_solve`` return. Every field describes the returned point itself.
+
+    Attributes:
+      x: [T+1, n], the rollout of u from x_init.
+      u: [T, m], the plan; a clamped control equals its bound exactly.
+      costate: [T+1, n]; costate[t] = ∂(cost-to-go)/∂x_t, so costate[0] = ∂objective/∂x_init.
+      K: [T, m, n], the feedback gains of the local optimum, du_t = K_t dx_t, without
+        regularization; rows of clamped controls are 0.
+      free: [T, m] bool, the controls that are not clamped: a control is clamped where it is at a
+        bound that the descent direction −∇_u J points out of, and where its bounds are equal.
+      objective: the total cost.
+      kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|, the projected gradient.
+      iterations: the number of accepted and rejected steps that were tried.
+      status: a ``Status``, as int32.
+    """
+
+    x: Array
+    u: Array
+    costate: Array
+    K: Array
+    free: Array
+    objective: Array
+    kkt_residual: Array
+    iterations: Array
+    status: Array

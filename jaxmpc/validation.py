@@ -1,0 +1,161 @@
+"""Checks of what users pass, at trace time: every message names the argument, what came and what
+was expected. Values can only be checked where they are concrete; traced ones end in a status."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxmpc.types import Options
+
+
+def floating(name: str, value) -> Array:
+    """``value`` as a floating-point array."""
+    array = _as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a floating-point array, got dtype {array.dtype}: pass floats "
+            f"(for example jnp.asarray({name}, float))"
+        )
+    return array
+
+
+def _as_array(name: str, value) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}: {error}") from error
+
+
+def has_shape(name: str, array: Array, shape: tuple[int, ...], meaning: str) -> None:
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {meaning} = {list(shape)}, got {list(array.shape)}"
+        )
+
+
+def _has_rank(name: str, array: Array, rank: int, meaning: str) -> None:
+    if array.ndim != rank or 0 in array.shape:
+        hint = "; batch with jax.vmap" if array.ndim > rank else ""
+        raise ValueError(
+            f"{name} must have shape {meaning} with every size at least 1, "
+            f"got {list(array.shape)}{hint}"
+        )
+
+
+def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free):
+    """The arguments of ``lqr_solve`` with defaults filled in, of one dtype."""
+    given = dict(x_init=x_init, C=C, c=c, F=F, f=f, C_final=C_final, c_final=c_final)
+    arrays = {name: floating(name, a) for name, a in given.items() if a is not None}
+    _has_rank("x_init", arrays["x_init"], 1, "[n]")
+    _has_rank("c", arrays["c"], 2, "[T, n+m]")
+    (n,) = arrays["x_init"].shape
+    T, nm = arrays["c"].shape
+    m = nm - n
+    if m < 1:
+        raise ValueError(
+            f"c must have shape [T, n+m] with m at least 1: x_init gives n = {n}, "
+            f"c has shape {[T, nm]}"
+        )
+    dtype = jnp.result_type(*arrays.values())
+    shapes = dict(
+        C=((T, nm, nm), "[T, n+m, n+m]"),
+        F=((T, n, nm), "[T, n, n+m]"),
+        f=((T, n), "[T, n]"),
+        C_final=((n, n), "[n, n]"),
+        c_final=((n,), "[n]"),
+    )
+    for name, (shape, meaning) in shapes.items():
+        if name in arrays:
+            has_shape(name, arrays[name], shape, meaning)
+        else:
+            arrays[name] = jnp.zeros(shape, dtype)
+    if free is None:
+        free = jnp.ones((T, m), bool)
+    free = _as_array("free", free)
+    if free.dtype != bool:
+        raise TypeError(f"free must be a boolean array, got dtype {free.dtype}")
+    has_shape("free", free, (T, m), "[T, m]")
+    order = ("x_init", "C", "c", "F", "f", "C_final", "c_final")
+    return *(arrays[name].astype(dtype) for name in order), free
+
+
+def mpc_arguments(x_init, u_init, u_lower, u_upper):
+    """x_init [n], u_init [T, m] and the bounds, checked and broadcast but not yet of one dtype."""
+    x_init = floating("x_init", x_init)
+    u_init = floating("u_init", u_init)
+    _has_rank("x_init", x_init, 1, "[n]")
+    _has_rank("u_init", u_init, 2, "[T, m]")
+    u_lower = _bound("u_lower", -np.inf if u_lower is None else u_lower, u_init)
+    u_upper = _bound("u_upper", np.inf if u_upper is None else u_upper, u_init)
+    if is_concrete(u_lower) and is_concrete(u_upper):
+        crossed = np.argwhere(~(np.asarray(u_lower) <= np.asarray(u_upper)))
+        if crossed.size:
+            t, i = crossed[0]
+            raise ValueError(
+                f"u_lower must be at most u_upper, got u_lower[{t}, {i}] = {u_lower[t, i]} and "
+                f"u_upper[{t}, {i}] = {u_upper[t, i]}"
+            )
+    return x_init, u_init, u_lower, u_upper
+
+
+def _bound(name: str, value, u_init: Array) -> Array:
+    array = _as_array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
+    if not hasattr(value, "dtype") or jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(u_init.dtype)  # Python numbers promote nothing.
+    try:
+        return jnp.broadcast_to(array, u_init.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to [T, m] = {list(u_init.shape)}, got {list(array.shape)}"
+        ) from None
+
+
+def check_params(params) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            where = jax.tree_util.keystr(path)
+            raise TypeError(
+                f"params must be a pytree of arrays and numbers, got {type(leaf).__name__} at "
+                f"params{where}; close over it instead"
+            )
+
+
+def is_concrete(value) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+_CHOICES = dict(
+    hessian=("exact", "ilqr"),
+    backward_hessian=("exact", "ilqr"),
+    unconverged=("zero", "nan", "implicit"),
+)
+
+
+def check_options(options: Any) -> None:
+    if not isinstance(options, Options):
+        raise TypeError(f"options must be a jaxmpc.Options, got {type(options).__name__}")
+    for name, choices in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in choices:
+            raise ValueError(f"options.{name} must be one of {choices}, got {value!r}")
+    checks = dict(
+        tolerance=("positive", lambda v: v > 0),
+        max_iterations=("a non-negative integer", lambda v: v >= 0 and v == int(v)),
+        regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
+        line_search_decay=("between 0 and 1, both excluded", lambda v: 0 < v < 1),
+    )
+    for name, (expected, holds) in checks.items():
+        value = getattr(options, name)
+        if value is None and name == "tolerance":
+            continue
+        if not hasattr(value, "dtype") and not isinstance(value, (int, float)):
+            raise TypeError(f"options.{name} must be a number, got {type(value).__name__}")
+        if np.ndim(value) != 0:
+            raise ValueError(f"options.{name} must be a scalar, got shape {list(np.shape(value))}")
+        if is_concrete(value) and not holds(value):
+            raise ValueError(f"options.{name} must be {expected}, got {value}")
