@@ -4,12 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv demo test slow lint clean
+.PHONY: help .venv demo peers test slow lint clean
 .NOTPARALLEL:
 
 help:
 	@echo "make .venv   the environment with everything that the tests need"
 	@echo "make demo    the demonstration, with only what it needs"
+	@echo "make peers   the environment .venv-peers with what the benchmarks compare against"
 	@echo "make test    the tests"
 	@echo "make slow    the tests that take longer"
 	@echo "make lint    style, formatting and types"
@@ -24,6 +25,14 @@ help:
 # A stamp a set of extras, so that the demo does not install what only the tests need.
 .venv/.demo .venv/.test: .venv/.%: .venv/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+# Other implementations have an environment of their own: the library never depends on them.
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: bench/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r $<
 	touch $@
 
 demo: .venv/.demo
@@ -41,5 +50,5 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,16 +1,23 @@
 """Differentiable model predictive control for JAX."""
 
+from jaxmpc.closed_loop import receding_horizon
+from jaxmpc.diagnosis import summarize
 from jaxmpc.ilqr import ilqr_box
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.types import LQRSolution, Options, Solution, Status
+from jaxmpc.types import Episode, LQRSolution, Options, Solution, Status
+from jaxmpc.unrolled import ilqr_unrolled
 
 __all__ = [
+    "Episode",
     "LQRSolution",
     "Options",
     "Solution",
     "Status",
     "ilqr_box",
+    "ilqr_unrolled",
     "lqr_solve",
     "mpc_solve",
+    "receding_horizon",
+    "summarize",
 ]

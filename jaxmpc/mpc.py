@@ -272,14 +272,14 @@ def _ones_unless_jvp(primals, tangents):
 def _replace(solved, leaf):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return leaf
+    solved = solved.reshape(solved.shape + (1,) * (leaf.ndim - solved.ndim))
     return jnp.where(solved, leaf, jnp.ones_like(leaf))
 
 
 @_replace.def_vmap
 def _replace_batched(size, batched, solved, leaf):
     solved_batched, leaf_batched = batched
-    if not leaf_batched:
-        return leaf, False
-    if not solved_batched:
-        return _replace(solved, leaf), True
-    return jax.vmap(_replace)(solved, leaf), True
+    if leaf_batched:
+        return _replace.fun(solved, leaf), True
+    # Shared here; an outer batch may still own it.
+    return _replace(jnp.any(solved, axis=0) if solved_batched else solved, leaf), False

@@ -48,8 +48,7 @@ def trace(
     if terminal_cost is not None:
         named["terminal_cost"] = terminal_cost
     for name, fn in named.items():
-        if not callable(fn):
-            raise TypeError(f"{name} must be a callable, got {type(fn).__name__}")
+        validation.check_callable(name, fn)
 
     dtype = jnp.result_type(x_init, u_init, u_lower, u_upper)
     while True:

@@ -113,3 +113,16 @@ class Solution:
     kkt_residual: Array
     iterations: Array
     status: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What ``receding_horizon`` returns: the plant's trajectory, and how each solve ended."""
+
+    x: Array  # [N+1, n], the states of the plant
+    u: Array  # [N, m], the controls that were applied
+    costs: Array  # [N], the stage costs of what happened
+    status: Array  # [N], a ``Status`` each
+    iterations: Array  # [N]
+    kkt_residual: Array  # [N]

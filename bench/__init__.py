@@ -1,0 +1,1 @@
+"""Studies that compare jaxmpc with other implementations: ``python -m bench --help``."""

@@ -1,0 +1,36 @@
+"""Studies of jaxmpc beside other implementations.
+
+Each prints a Markdown table and keeps it, with the numbers behind it, in bench/results/.
+"""
+
+import argparse
+
+from bench import gradients
+
+# A study is a module with a docstring, `add_arguments(parser)` and `run(args)`.
+STUDIES = (gradients,)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(metavar="STUDY", required=True)
+    for study in STUDIES:
+        name = study.__name__.rpartition(".")[2]
+        subparser = subparsers.add_parser(
+            name,
+            help=study.__doc__.partition("\n")[0],
+            description=study.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        study.add_arguments(subparser)
+        subparser.set_defaults(run=study.run)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Receding-horizon control: solve, apply the first control, shift the plan, repeat."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxmpc import problem, validation
+from jaxmpc.mpc import mpc_solve
+from jaxmpc.types import Episode, Options
+
+
+def receding_horizon(
+    cost,
+    dynamics,
+    x_init: ArrayLike,
+    u_init: ArrayLike,
+    params: Any = None,
+    *,
+    num_steps: int,
+    plant=None,
+    terminal_cost=None,
+    u_lower: ArrayLike | None = None,
+    u_upper: ArrayLike | None = None,
+    options: Options = Options(),
+) -> Episode:
+    """Control a plant in closed loop with ``mpc_solve``.
+
+    At step k = 0 … num_steps−1 the controller solves
+
+        minimise over u_0 … u_{T-1}   Σ_{i<T} cost(z_i, u_i, k+i, params) + terminal_cost(z_T, params)
+        subject to   z_0 = x_k,   z_{i+1} = dynamics(z_i, u_i, k+i, params),   u_lower ≤ u ≤ u_upper,
+
+    applies the first control, x_{k+1} = plant(x_k, u_0, k, params), and starts the next solve from
+    its plan shifted by one stage, the last control repeated. The stage index that the functions
+    see is that of the episode: a reference trajectory in ``params`` is read at t = k+i, and needs
+    num_steps + T entries (JAX repeats the last entry of a shorter one).
+
+    Args:
+      x_init: [n], the plant's first state.
+      u_init: [T, m], where the first solve starts.
+      num_steps: N, a Python int, at least 1.
+      plant: (x, u, t, params) -> next state of shape [n]; ``dynamics`` by default. It may be any JAX
+        function: other physics than the model's, disturbances indexed by t, a learned residual.
+      u_lower, u_upper: broadcast to [T, m]: bounds of the T stages of every plan.
+      (others): as in ``mpc_solve``.
+
+    Returns:
+      An ``Episode`` with the plant's states [N+1, n], the controls [N, m], the stage costs [N] of
+      what happened, and per solve its status, iterations and KKT residual [N].
+
+    Differentiable, in reverse mode, in whatever ``mpc_solve`` and the plant are differentiable in:
+    x and u with respect to x_init, params and everything that the functions close over. A step
+    whose solve did not converge contributes what ``Options.unconverged`` says.
+
+    Raises:
+      TypeError, ValueError: as ``mpc_solve``; ``num_steps`` is not an int of at least 1; the plant
+        returns another shape than [n].
+
+    Source: Amos et al. 2018 (arXiv:1810.13400), section 2 (receding-horizon use of eq. 1).
+    """
+    validation.check_options(options)
+    validation.check_count("num_steps", num_steps, least=1)
+    plant = dynamics if plant is None else plant
+    validation.check_callable("plant", plant)
+    _, data = problem.trace(cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper)
+    dtype = data.x_init.dtype
+
+    def step(carry, k):
+        x, plan = carry
+        solution = mpc_solve(
+            lambda x, u, i, params: cost(x, u, k + i, params),
+            lambda x, u, i, params: dynamics(x, u, k + i, params),
+            x,
+            plan,
+            params,
+            terminal_cost=terminal_cost,
+            u_lower=data.u_lower,
+            u_upper=data.u_upper,
+            options=options,
+        )
+        u = solution.u[0]
+        x_next = jnp.asarray(plant(x, u, k, params))
+        validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
+        plan = jnp.concatenate([solution.u[1:], solution.u[-1:]])
+        # The warm start carries no derivative: that of the solution in u_init is zero.
+        return (x_next.astype(dtype), lax.stop_gradient(plan)), (
+            x,
+            u,
+            jnp.asarray(cost(x, u, k, params), dtype),
+            solution.status,
+            solution.iterations,
+            solution.kkt_residual,
+        )
+
+    @jax.jit
+    def run(x, plan):
+        (x_final, _), (x, *rest) = lax.scan(step, (x, plan), jnp.arange(num_steps, dtype=jnp.int32))
+        return Episode(jnp.concatenate([x, x_final[None]]), *rest)
+
+    return run(data.x_init, data.u_init)

@@ -1,0 +1,90 @@
+"""A short text on how solves went: what to print when something looks wrong."""
+
+import jax
+import numpy as np
+
+from jaxmpc.types import Solution, Status
+
+_ADVICE = {
+    Status.MAX_ITERATIONS: "raise Options.max_iterations, or start from a better u_init",
+    Status.STALLED: "check that cost and dynamics are smooth, and their scale for this dtype",
+    Status.NONFINITE: "the rollout of u_init, or a derivative along it, is NaN or infinite",
+    Status.INDEFINITE: "a saddle, or a control that the cost does not see: no implicit gradient",
+    Status.INFEASIBLE: "u_lower > u_upper",
+}
+
+
+def summarize(solution: Solution, *, show: int = 5) -> str:
+    """Describe one solution, or a batch of them from ``jax.vmap``, in a few lines.
+
+    How many problems ended with which ``Status``; iterations, KKT residuals and objectives; the
+    share of clamped controls per control dimension; and which problems to look at first: those
+    that did not converge, then those that took the most iterations.
+
+    Args:
+      solution: what ``mpc_solve``, ``ilqr_box`` or ``ilqr_unrolled`` returned, with any leading
+        batch axes; concrete, so outside of ``jit``.
+      show: how many problems to list.
+
+    Raises:
+      TypeError: ``solution`` is not a ``Solution``, or is traced.
+    """
+    if not isinstance(solution, Solution):
+        raise TypeError(f"solution must be a jaxmpc.Solution, got {type(solution).__name__}")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(solution)):
+        raise TypeError("solution is traced: call summarize outside of jit, vmap and grad")
+
+    batch = np.shape(solution.status)
+    T, m = solution.u.shape[-2:]
+    n = solution.x.shape[-1]
+    status = np.ravel(solution.status)
+    iterations = np.ravel(solution.iterations)
+    residual = np.ravel(solution.kkt_residual)
+    objective = np.ravel(solution.objective)
+    total = status.size
+
+    def name(i: int) -> str:
+        if not batch:
+            return "the problem"
+        index = [int(k) for k in np.unravel_index(i, batch)]
+        return f"problem {index[0] if len(index) == 1 else tuple(index)}"
+
+    noun = "problem" if total == 1 else "problems"
+    lines = [f"{total} {noun}, T = {T}, n = {n}, m = {m}, {solution.u.dtype}"]
+    if total == 0:
+        return lines[0]
+    for kind in Status:
+        count = int(np.sum(status == kind))
+        if count:
+            advice = f"  ({_ADVICE[kind]})" if kind in _ADVICE else ""
+            lines.append(f"  {kind.name:<15}{count:>7} {100 * count / total:6.1f} %{advice}")
+    lines.append(_row("iterations", iterations, "{:.0f}"))
+    lines.append(_row("KKT residual", residual, "{:.1e}"))
+    lines.append(_row("objective", objective, "{:.6g}"))
+    clamped = 1 - np.asarray(solution.free, float).reshape(-1, m).mean(axis=0)
+    shares = "  ".join(f"u[{i}] {100 * share:.1f} %" for i, share in enumerate(clamped))
+    lines.append(f"  {'clamped':<15}{shares}")
+
+    if total > 1:
+        # lexsort: the last key counts most; NaN residuals sort as the largest.
+        order = np.lexsort((-residual, -iterations, status == Status.CONVERGED))
+        lines.append("  look at")
+        for i in order[:show]:
+            lines.append(
+                f"    {name(i)}: {Status(int(status[i])).name} after {iterations[i]} iterations, "
+                f"KKT residual {residual[i]:.1e}, objective {objective[i]:.6g}"
+            )
+        if order.size > show:
+            lines.append(f"    … and {order.size - show} more")
+    return "\n".join(lines)
+
+
+def _row(label: str, values: np.ndarray, form: str) -> str:
+    finite = values[np.isfinite(values)]
+    if values.size == 1:
+        return f"  {label:<15}{form.format(values[0])}"
+    if not finite.size:
+        return f"  {label:<15}not finite"
+    text = f"median {form.format(np.median(finite))}, max {form.format(np.max(finite))}"
+    missing = values.size - finite.size
+    return f"  {label:<15}{text}" + (f", not finite in {missing}" if missing else "")

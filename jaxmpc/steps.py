@@ -1,0 +1,210 @@
+"""One step of the solver: the backward recursion that proposes it, and the search for its length.
+
+The second halves of Algorithm 2, after Tassa, Mansard and Todorov 2014.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmpc import entrywise
+from jaxmpc.box_qp import box_qp
+from jaxmpc.expansions import rollout, stage_costs, stages
+from jaxmpc.lqr import Factors, entrywise_pays, masked_inverse, quadratic_form, value_hessian
+from jaxmpc.problem import Data, Model
+
+_MAX_TRIES = 6  # step lengths tried in one search
+_SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
+
+
+class Iterate(NamedTuple):
+    """A control sequence, its rollout and what it costs."""
+
+    u: Array  # [T, m]
+    x: Array  # [T+1, n]
+    costs: Array  # [T+1]
+
+
+class Step(NamedTuple):
+    """A proposal: u + α (target − u) + K dx, clipped to the bounds."""
+
+    target: Array  # [T, m]
+    K: Array  # [T, m, n]
+    slope: Array  # the predicted change of the objective is α slope + α² bend
+    bend: Array
+
+
+class Search(NamedTuple):
+    """How a line search ended."""
+
+    accepted: Array
+    alpha: Array  # the last step length that was tried
+    noisy: Array  # the objective changed by rounding only
+    hopeless: Array  # if it failed: a shorter step would not succeed either
+
+
+def backward_pass(
+    H, F, c, C_final, c_final, low, high, held, regularization, certify, *, qp=box_qp
+):
+    """The backward recursion of Algorithm 2 for the change d of the controls, low ≤ d ≤ high.
+
+    A stage's box QP needs a positive definite Q_uu. Where it is not, the controls that are
+    ``held`` (clamped at the current point) stay; where that does not suffice, Q_uu is shifted, and
+    the stage's ``curvature`` in the factors says so.
+
+    ``certify`` takes Q_uu as it is: with low = high = 0 on the clamped controls and no other
+    bounds, the factors are then those of the exact KKT matrix, definite or not.
+    """
+    n = c_final.shape[0]
+    m = low.shape[1]
+    threshold = definite_threshold(F.dtype)
+
+    def stage(carry, data):
+        V, v = carry
+        H, F, c, low, high, held = data
+        Q, size = quadratic_form(H, F, V)
+        Quu, size = Q[n:, n:], size[n:]
+        q = c + F.T @ v
+
+        _, whole = masked_inverse(Quu, held | ~held, size)
+        _, curvature = masked_inverse(Quu, ~held, size)
+        unsafe = ~certify & ~(whole > threshold)
+        stay = entrywise.elementwise(lambda held: held & unsafe, held)
+        low, high = entrywise.where(stay, 0, low), entrywise.where(stay, 0, high)
+        # Gershgorin's bound on the smallest eigenvalue; for one control the shift gives |Q_uu|.
+        smallest = entrywise.min(2 * entrywise.diag(Quu) - abs(Quu).sum(axis=1))
+        fine = certify | (curvature > threshold)
+        shift = jnp.where(fine, 0, 2 * jnp.maximum(-smallest, 0))
+        multiple = regularization + jnp.where(fine, 0, 1e-6)
+        unit = jnp.where(fine, 0, 1)
+        added = entrywise.elementwise(
+            lambda size: shift + jnp.where(size > 0, multiple * size, unit), size
+        )
+        convex = Quu + entrywise.diag(added)
+
+        d, Quu_inv, free = qp(convex, q[n:], low, high, size)
+        K = -(Quu_inv @ Q[n:, :n])
+        V = value_hessian(Q, K, n)
+        Quu_d = Quu @ d
+        v = q[:n] + K.T @ (q[n:] + Quu_d) + Q[:n, n:] @ d
+        return (V, v), (d, K, Quu_inv, free, V, curvature, q[n:] @ d, (d @ Quu_d) * 0.5)
+
+    _, (d, K, Quu_inv, free, V, curvature, slope, bend) = entrywise.scan(
+        stage,
+        (C_final, c_final),
+        (H, F, c, low, high, held),
+        entrywise=entrywise_pays(n, m),
+        reverse=True,
+    )
+    factors = Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
+    return d, free, factors, jnp.sum(slope), jnp.sum(bend)
+
+
+def definite_threshold(dtype) -> float:
+    """Pivots below this share of the terms they were computed from have no sign."""
+    return 16 * float(jnp.finfo(dtype).eps)
+
+
+def iterate(model: Model, data: Data, u: Array) -> Iterate:
+    """The point that the controls u lead to."""
+    x = rollout(model, data.theta, data.x_init, u)
+    return Iterate(u, x, stage_costs(model, data.theta, x, u))
+
+
+def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
+    """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
+
+    def advance(x_new, now):
+        u, target, K, x, lower, upper, t = now
+        # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
+        straight = jnp.where(alpha == 1, target, u + alpha * (target - u))
+        u_new = jnp.clip(straight + K @ (x_new - x), lower, upper)
+        return model.dynamics(x_new, u_new, t, data.theta), (x_new, u_new)
+
+    u, x, _ = point
+    now = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, stages(u))
+    x_final, (x_new, u_new) = lax.scan(advance, data.x_init, now)
+    x_new = jnp.concatenate([x_new, x_final[None]])
+    return Iterate(u_new, x_new, stage_costs(model, data.theta, x_new, u_new))
+
+
+def line_search(
+    model: Model,
+    data: Data,
+    point: Iterate,
+    step: Step,
+    escape: Array,
+    wanted: Array,
+    decay: Array,
+) -> tuple[Iterate, Search]:
+    """Shorten the step until the objective falls; along negative curvature try both directions.
+
+    Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature.
+    """
+    eps = float(jnp.finfo(decay.dtype).eps)
+    noise = 4 * eps * jnp.sum(jnp.abs(point.costs))
+    # Near a solution the decrease drowns in rounding before the residual does: take the full step,
+    # and let the next trip judge by the residual.
+    drowned = ~escape & (-(step.slope + step.bend) <= noise)
+    max_tries = jnp.where(escape, 2 * _MAX_TRIES, jnp.where(drowned, 1, _MAX_TRIES))
+
+    def wants_more(carry):
+        _, search, tries = carry
+        return wanted & ~search.accepted & (tries < max_tries)
+
+    def attempt(carry):
+        *_, tries = carry
+        both_ways = decay ** (2 * (tries // 2)) * jnp.where(tries % 2 == 0, 1, -1)
+        alpha = jnp.where(escape, both_ways, decay**tries)
+        new = apply(model, data, point, step, alpha)
+        change = jnp.sum(new.costs - point.costs)
+        predicted = alpha * step.slope + alpha**2 * step.bend
+        falls = change <= jnp.where(escape, -noise, _SUFFICIENT * jnp.minimum(predicted, 0))
+        noisy = ~falls & drowned & (jnp.abs(change) <= noise)
+        return new, Search(falls | noisy, alpha, noisy, escape | drowned), tries + 1
+
+    no = jnp.array(False)
+    start = (point, Search(no, jnp.zeros_like(decay), no, no), jnp.int32(0))
+    new, search, _ = lax.while_loop(wants_more, attempt, start)
+    return new, search
+
+
+def along_negative_curvature(point, H, F, factors, held, lower, upper) -> Step:
+    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
+    direction of negative curvature, with the later stages answering by their feedback."""
+    T, m = point.u.shape
+    n = point.x.shape[1]
+    bad = ~(factors.curvature > definite_threshold(F.dtype))
+    last = T - 1 - jnp.argmax(bad[::-1])
+    B, V = F[last, :, n:], factors.V[last + 1]
+    direction = _negative_direction(H[last, n:, n:] + B.T @ V @ B, ~held[last])
+    u, lower, upper = point.u[last], lower[last], upper[last]
+    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
+    # The longest step that keeps every control within its width.
+    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
+    target = point.u.at[last].add(length * direction)
+    K = jnp.where((jnp.arange(T) > last)[:, None, None], factors.K, 0)
+    zero = jnp.zeros((), F.dtype)
+    return Step(target, K, zero, zero)
+
+
+def _negative_direction(Q, free):
+    """d with dᵀQd equal to the first pivot of Q (on the free controls) that is not positive."""
+    m = free.shape[0]
+    A = jnp.where(free[:, None] & free[None, :], Q, jnp.eye(m, dtype=Q.dtype))
+    threshold = definite_threshold(Q.dtype) * jnp.max(jnp.abs(A))
+    unit = jnp.eye(m, dtype=Q.dtype)
+
+    def eliminate(k, carry):
+        # L⁻¹ of the rows so far: row k of `rows` is e_k made A-orthogonal to the rows before it.
+        rows, direction, found = carry
+        pivots = jnp.einsum("ki,ij,kj->k", rows, A, rows)
+        weights = jnp.where(jnp.arange(m) < k, (rows @ A)[:, k] / pivots, 0)
+        row = unit[k] - weights @ rows
+        here = ~found & ~(row @ A @ row > threshold)
+        return rows.at[k].set(row), jnp.where(here, row, direction), found | here
+
+    # Without a bad pivot (other problems of a batch) any direction will do.
+    _, direction, _ = lax.fori_loop(0, m, eliminate, (unit, unit[0], jnp.array(False)))
+    return jnp.where(free, direction, 0)

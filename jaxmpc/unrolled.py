@@ -1,0 +1,135 @@
+"""The unrolled alternative to the fixed-point backward: a fixed number of iterations,
+differentiated through (section 4.3 of Amos et al. 2018)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxmpc import entrywise, problem, validation
+from jaxmpc.box_qp import box_qp, clamped
+from jaxmpc.expansions import first_order, second_order
+from jaxmpc.ilqr import assess, tolerance_of
+from jaxmpc.lqr import factorize, masked_inverse
+from jaxmpc.problem import Data, Model
+from jaxmpc.steps import (
+    Iterate,
+    Step,
+    apply,
+    backward_pass,
+    definite_threshold,
+    iterate,
+    line_search,
+)
+from jaxmpc.types import Options, Solution, Status
+
+
+def ilqr_unrolled(
+    cost,
+    dynamics,
+    x_init: ArrayLike,
+    u_init: ArrayLike,
+    params: Any = None,
+    *,
+    num_iterations: int,
+    terminal_cost=None,
+    u_lower: ArrayLike | None = None,
+    u_upper: ArrayLike | None = None,
+    options: Options = Options(),
+) -> Solution:
+    """Exactly ``num_iterations`` iterations of the paper's box-iLQR, differentiable through each.
+
+    The same problem and arguments as ``mpc_solve``. Where that differentiates the optimum, this
+    differentiates the computation: the surrogate of section 4.3 for problems that reach no fixed
+    point (a learned network as dynamics, too few iterations), and the baseline of Fig. 2. Time and
+    memory of the backward pass grow with ``num_iterations``.
+
+    Each iteration is Algorithm 2's: cost to second order, dynamics to first, one box QP a stage,
+    and the first step length α = 1, γ, γ², … at which the objective falls (none of six does: the
+    point stays). What is chosen among alternatives, the active sets and α, is constant to the
+    derivative; in ``u_init`` the derivative is that of the iterations, not zero. A problem that
+    is not finite gives gradients that are not either: there is no policy for the unconverged.
+
+    Args:
+      num_iterations: a Python int, at least 0.
+      options: ``tolerance``, ``regularization`` (constant here) and ``line_search_decay`` count.
+      (others): as in ``mpc_solve``.
+
+    Returns:
+      A ``Solution``; every floating field is differentiable, in reverse and in forward mode. The
+      status is that of the last point: CONVERGED or INDEFINITE where ``mpc_solve`` would say so,
+      NONFINITE, INFEASIBLE, or else MAX_ITERATIONS.
+
+    Raises:
+      TypeError, ValueError: as ``mpc_solve``; ``num_iterations`` is not an int of at least 0.
+    """
+    validation.check_options(options)
+    validation.check_count("num_iterations", num_iterations, least=0)
+    model, data = problem.trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
+    )
+    return jax.jit(lambda data, options: _unroll(model, data, options, num_iterations))(
+        data, options
+    )
+
+
+def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> Solution:
+    lower, upper = data.u_lower, data.u_upper
+    dtype = data.x_init.dtype
+    decay = jnp.asarray(options.line_search_decay, dtype)
+    regularization = jnp.asarray(options.regularization, dtype)
+    no, yes = jnp.array(False), jnp.array(True)
+
+    def improve(point: Iterate, _):
+        u, x, _ = point
+        first = first_order(model, data.theta, x, u)
+        second = second_order(model, data.theta, x, u, first.costate)
+        held = clamped(first.control_cost + first.control_pull, u, lower, upper)
+        d, free, factors, slope, bend = backward_pass(
+            second.C, first.F, first.c, second.C_final, first.c_final,
+            lower - u, upper - u, held, regularization, no, qp=_differentiable_box_qp,
+        )  # fmt: skip
+        target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
+        step = Step(target, factors.K, slope, bend)
+        constant_data, constant_point, constant_step = lax.stop_gradient((data, point, step))
+        _, search = line_search(model, constant_data, constant_point, constant_step, no, yes, decay)
+        alpha = jnp.where(search.accepted, search.alpha, 0)
+        return apply(model, data, point, step, alpha), None
+
+    start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
+    point, _ = lax.scan(improve, start, length=num_iterations)
+    end = assess(model, data, point, tolerance_of(options, dtype))
+    factors = factorize(end.second.H, end.first.F, end.second.C_final, ~end.held)
+    definite = jnp.all(factors.curvature > definite_threshold(dtype))
+    status = jnp.select(
+        [~jnp.all(lower <= upper), ~end.finite, end.small & definite, end.small],
+        [Status.INFEASIBLE, Status.NONFINITE, Status.CONVERGED, Status.INDEFINITE],
+        Status.MAX_ITERATIONS,
+    )
+    return Solution(
+        x=point.x,
+        u=point.u,
+        costate=end.first.costate,
+        K=factors.K,
+        free=~end.held,
+        objective=jnp.sum(point.costs),
+        kkt_residual=end.kkt_residual,
+        iterations=jnp.int32(num_iterations),
+        status=status.astype(jnp.int32),
+    )
+
+
+def _differentiable_box_qp(Q, q, lower, upper, scale):
+    """``box_qp`` with a differentiable minimiser: its free set is constant (eq. 18)."""
+    constant = jax.tree.map(
+        lax.stop_gradient, tuple(map(entrywise.join, (Q, q, lower, upper, scale)))
+    )
+    d, _, free = box_qp(*constant)
+    if entrywise.is_entrywise(q):
+        d, free = entrywise.split(d, 0), entrywise.split(free, 0)
+    at_lower = entrywise.elementwise(jnp.less_equal, d, lower)
+    held = entrywise.where(free, 0, entrywise.where(at_lower, lower, upper))
+    inverse, _ = masked_inverse(Q, free, scale)
+    return held - inverse @ (q + Q @ held), inverse, free
