@@ -30,20 +30,21 @@ def receding_horizon(
 
     At step k = 0 … num_steps−1 the controller solves
 
-        minimise over u_0 … u_{T-1}   Σ_{i<T} cost(z_i, u_i, k+i, params) + terminal_cost(z_T, params)
-        subject to   z_0 = x_k,   z_{i+1} = dynamics(z_i, u_i, k+i, params),   u_lower ≤ u ≤ u_upper,
+        minimise over u   Σ_{i<T} cost(z_i, u_i, k+i, params) + terminal_cost(z_T, params)
+        subject to        z_0 = x_k,  z_{i+1} = dynamics(z_i, u_i, k+i, params),
+                          u_lower ≤ u_i ≤ u_upper,
 
     applies the first control, x_{k+1} = plant(x_k, u_0, k, params), and starts the next solve from
     its plan shifted by one stage, the last control repeated. The stage index that the functions
-    see is that of the episode: a reference trajectory in ``params`` is read at t = k+i, and needs
-    num_steps + T entries (JAX repeats the last entry of a shorter one).
+    see is that of the episode: a reference trajectory in ``params`` is read at t = k+i, so it
+    needs num_steps + T entries (of a shorter one, JAX repeats the last).
 
     Args:
       x_init: [n], the plant's first state.
       u_init: [T, m], where the first solve starts.
       num_steps: N, a Python int, at least 1.
-      plant: (x, u, t, params) -> next state of shape [n]; ``dynamics`` by default. It may be any JAX
-        function: other physics than the model's, disturbances indexed by t, a learned residual.
+      plant: (x, u, t, params) -> next state of shape [n]; ``dynamics`` by default. Any JAX function
+        will do: other physics than the model's, disturbances indexed by t, a learned residual.
       u_lower, u_upper: broadcast to [T, m]: bounds of the T stages of every plan.
       (others): as in ``mpc_solve``.
 

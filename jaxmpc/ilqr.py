@@ -97,7 +97,7 @@ def tolerance_of(options: Options, dtype) -> Array:
     tolerance = options.tolerance
     if tolerance is None:
         eps = float(jnp.finfo(dtype).eps)
-        tolerance = 1e-10 if eps < 1e-12 else 32 * eps
+        tolerance = 1e-10 if eps < 1e-12 else 8 * eps
     return jnp.asarray(tolerance, dtype)
 
 
@@ -260,7 +260,28 @@ def ilqr_box(
     u_upper: ArrayLike | None = None,
     options: Options = Options(),
 ) -> Solution:
-    """TODO"""
+    """Control-limited iLQR with second-order steps: the forward solver alone.
+
+        minimise over u   Σ_{t<T} cost(x_t, u_t, t, params) + terminal_cost(x_T, params)
+        subject to        x_0 = x_init,  x_{t+1} = dynamics(x_t, u_t, t, params),
+                          u_lower ≤ u_t ≤ u_upper
+
+    The arguments, the result and the errors are those of ``mpc_solve``, which differentiates the
+    solution; this does not, and says so: reverse mode through it is a TypeError, forward mode too.
+
+    Every iteration expands cost and dynamics at the current rollout, solves a box-constrained
+    quadratic program at each stage backward in time, and rolls the resulting policy out, with a
+    step length at which the true objective falls. The quadratic model has the exact Hessian of the
+    Hamiltonian cost + λᵀ dynamics wherever that leaves every stage's Q_uu positive definite, and
+    ∇²cost elsewhere (``Options.hessian="ilqr"``: always). Q_uu is regularized, relative to its own
+    size, more when steps fail and less when they succeed. The solver stops by the scaled KKT
+    residual and the curvature, never by the step's length; at a small residual without positive
+    curvature it leaves along negative curvature, or ends INDEFINITE. The objective never rises, up
+    to rounding, so the last iterate is the best.
+
+    Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
+    after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
+    """
     validation.check_options(options)
     model, data = problem.trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper

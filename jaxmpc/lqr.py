@@ -300,11 +300,10 @@ def lqr_solve(
     cost and the mask.
     """
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
-    x_init, C, c, F, f, C_final, c_final, free = args
-    C = (C + jnp.swapaxes(C, -1, -2)) * 0.5
-    C_final = (C_final + C_final.T) * 0.5
-    rhs = Rhs(x_init, c, f, c_final)
-    factors = factorize(*lax.stop_gradient((C, F, C_final)), free)
-    (x, u, costate), k = kkt_solve(factors, C, F, C_final, free, rhs)
-    K, k = _attach_gains((factors.K, k), C, F, C_final, free, rhs)
+    C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
+    C_final = (args.C_final + args.C_final.T) * 0.5
+    rhs = Rhs(args.x_init, args.c, args.f, args.c_final)
+    factors = factorize(*lax.stop_gradient((C, args.F, C_final)), args.free)
+    (x, u, costate), k = kkt_solve(factors, C, args.F, C_final, args.free, rhs)
+    K, k = _attach_gains((factors.K, k), C, args.F, C_final, args.free, rhs)
     return LQRSolution(x, u, costate, K, k)

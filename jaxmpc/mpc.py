@@ -2,7 +2,7 @@
 
 How the derivative is attached, in three steps:
 
-1. ``_fixed`` runs the solver. To the innermost differentiation it is a constant.
+1. ``fixed`` runs the solver. To the innermost differentiation it is a constant.
 2. At its point, the KKT residual of the problem is evaluated as a function of everything that
    shapes the solution (params, closures, x_init, bounds). This is ordinary JAX code outside any
    custom rule, so JAX differentiates it natively: for weights that a batch shares, straight into
@@ -11,8 +11,8 @@ How the derivative is attached, in three steps:
    cotangent of the point to that of the KKT residual, by one masked LQR solve with the forward
    pass's factorization (eq. 19).
 
-Second derivatives: the rule of ``_fixed`` returns the differentiable solution itself as its primal
-value with a zero tangent, so an outer differentiation sees the point move, and every order is right.
+Second derivatives: the rule of ``fixed`` returns the differentiable solution itself as its primal
+value with a zero tangent, so an outer differentiation sees the point move: every order is right.
 """
 
 import dataclasses
@@ -53,7 +53,53 @@ def mpc_solve(
     u_upper: ArrayLike | None = None,
     options: Options = Options(),
 ) -> Solution:
-    """TODO"""
+    """Model predictive control whose plan is differentiable in everything that shaped it.
+
+        minimise over u   Σ_{t<T} cost(x_t, u_t, t, params) + terminal_cost(x_T, params)
+        subject to        x_0 = x_init,  x_{t+1} = dynamics(x_t, u_t, t, params),
+                          u_lower ≤ u_t ≤ u_upper
+
+    One problem, no batch axis: batch with ``jax.vmap``, compile with ``jax.jit``.
+
+    Args:
+      cost: (x [n], u [m], t, params) -> scalar, twice differentiable; t is an int32 scalar.
+      dynamics: (x [n], u [m], t, params) -> the next state [n], twice differentiable.
+      x_init: [n].
+      u_init: [T, m], where the search starts; clipped into the bounds. Problems with several
+        minima may end in the one nearby.
+      params: any pytree of arrays and numbers, given to all functions: physical constants, a
+        network's weights, a reference trajectory that they index by t. The functions may close
+        over traced values too.
+      terminal_cost: (x [n], params) -> scalar; none by default.
+      u_lower, u_upper: broadcast to [T, m]; ±inf and equal bounds are legal; none by default.
+      options: see ``Options``.
+
+    Returns:
+      A ``Solution``. Look at ``solution.status`` (one ``Status`` per problem, never an exception),
+      or print ``summarize(solution)``.
+
+    Differentiable in reverse mode in x_init, params, everything that the functions close over,
+    u_lower and u_upper, to any order (``jax.jacrev(jax.jacrev(f))`` for a Hessian: forward mode,
+    and so ``jax.hessian``, is a TypeError). ``x``, ``u`` and ``costate`` have the derivative of the
+    solution by the implicit function theorem, ``objective`` by the envelope theorem, ``K`` that of
+    its recursion; ``kkt_residual`` counts as a constant. The gradient in u_init and in options is
+    zero. With ``Options.unconverged="zero"``, the default, so is every gradient of a problem whose
+    status is not CONVERGED: log the share that converged.
+
+    The user's functions are differentiated twice and in forward mode: inside them,
+    ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.
+
+    All floating arguments are promoted to one dtype together with what the functions return.
+
+    Raises:
+      TypeError: an argument or a returned value of the wrong kind (an integer x_init, say).
+      ValueError: a shape that does not fit, concrete bounds with u_lower > u_upper, or an option
+        out of its range. Messages name the argument, what came and what was expected.
+
+    Source: Amos et al. 2018 (arXiv:1810.13400), eq. (10), Module 2 and eq. (19), with the exact
+    Hessian of the Hamiltonian in place of ∇²cost (``Options.backward_hessian``), which for
+    nonlinear dynamics the derivative of the solution needs.
+    """
     validation.check_options(options)
     model, data = problem.trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
@@ -106,7 +152,8 @@ def _with_derivatives(
     matrices = (second.H if exact else second.C, first.F, second.C_final)
     factors, matrices = _zeros_unless(used, (factors, matrices))
     if not exact:
-        factors = factorize(*lax.stop_gradient(matrices), free)
+        C, F, C_final = lax.stop_gradient(matrices)
+        factors = factorize(C, F, C_final, free)
 
     multiplier = first.control_cost + first.control_pull
     gap = _bound_gap(data, safe.u, free, multiplier)
@@ -196,8 +243,8 @@ _attach.defvjp(_attach_fwd, _attach_bwd)
 
 
 @jax.custom_vjp
-def _attach_value(value: Array, lagrangian: Array, gap: Array, multiplier: Array, policy) -> Array:
-    """The identity on the optimal value, whose derivative is the Lagrangian's (envelope theorem)."""
+def _attach_value(value: Array, lagrangian: Array, gap: Array, multiplier: Array, policy):
+    """The identity on the optimal value; its derivative is the Lagrangian's (envelope theorem)."""
     return value
 
 

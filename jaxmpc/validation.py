@@ -1,7 +1,7 @@
 """Checks of what users pass, at trace time: every message names the argument, what came and what
 was expected. Values can only be checked where they are concrete; traced ones end in a status."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,18 @@ def _has_rank(name: str, array: Array, rank: int, meaning: str) -> None:
         )
 
 
-def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free):
+class LQRArguments(NamedTuple):
+    x_init: Array
+    C: Array
+    c: Array
+    F: Array
+    f: Array
+    C_final: Array
+    c_final: Array
+    free: Array
+
+
+def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free) -> LQRArguments:
     """The arguments of ``lqr_solve`` with defaults filled in, of one dtype."""
     given = dict(x_init=x_init, C=C, c=c, F=F, f=f, C_final=C_final, c_final=c_final)
     arrays = {name: floating(name, a) for name, a in given.items() if a is not None}
@@ -78,8 +89,7 @@ def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free):
     if free.dtype != bool:
         raise TypeError(f"free must be a boolean array, got dtype {free.dtype}")
     has_shape("free", free, (T, m), "[T, m]")
-    order = ("x_init", "C", "c", "F", "f", "C_final", "c_final")
-    return *(arrays[name].astype(dtype) for name in order), free
+    return LQRArguments(free=free, **{name: a.astype(dtype) for name, a in arrays.items()})
 
 
 def mpc_arguments(x_init, u_init, u_lower, u_upper):

@@ -2,11 +2,13 @@
 
 Reads an .npz with
     x_init [B, 3], u_init [T, B, 1], loss [T, B, 1], physics [3], dt, limit, q [4], p [4]
-and writes an .npz with, for each way of linearising the dynamics that ``mpc`` recommends,
-    <way>_u [T, B, 1], <way>_gradient [B, 3] of Σ loss ∘ u, <way>_step [B] the last step's norm,
+and writes an .npz with, for both exact ways of linearising the dynamics that ``mpc`` offers,
+    <way>_u [T, B, 1] and <way>_gradient [B, 3], of Σ loss ∘ u,
 where <way> is "auto_diff" or "analytic"; and versions.
 """
 
+import importlib.metadata
+import platform
 import sys
 
 import numpy as np
@@ -72,7 +74,7 @@ def solve(given, grad_method):
         back_eps=EPS,
         n_batch=batch,
         exit_unconverged=False,
-        detach_unconverged=False,
+        detach_unconverged=False,  # a gradient of 0 would count against it
         backprop=True,
         verbose=-1,
     )
@@ -85,7 +87,8 @@ def solve(given, grad_method):
 def main(source, target):
     with np.load(source) as arrays:
         given = dict(arrays)
-    made = {}
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("mpc", "torch", "numpy")]
+    made = {"versions": ", ".join([f"Python {platform.python_version()}", *packages])}
     for method in (mpc.GradMethods.AUTO_DIFF, mpc.GradMethods.ANALYTIC):
         name = method.name.lower()
         made[f"{name}_u"], made[f"{name}_gradient"] = solve(given, method)

@@ -1,0 +1,300 @@
+"""The gradients of ``mpc_solve`` in all inputs at once, against dense autodiff."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import assert_close
+from jax.flatten_util import ravel_pytree
+
+from jaxmpc import Options, Status, mpc_solve
+from jaxmpc.systems import cartpole, pendulum
+
+T = 20
+
+
+def weighted(system, control_weight):
+    params = system.default_params()
+    q = params.cost.q.at[-1].set(control_weight)
+    return params._replace(cost=params.cost._replace(q=q))
+
+
+def large_angles(system, num):
+    """Starts at any angle, the upright ones included."""
+    key = jax.random.key(7)
+    if system is cartpole:
+        return cartpole.sample_states(key, num)
+    angle, rate = jax.random.uniform(key, (2, num), minval=-1, maxval=1)
+    return jax.vmap(pendulum.state)(jnp.pi * angle, rate)
+
+
+def loss(out):
+    """Of everything that is differentiable, with no symmetry to hide behind."""
+    weights = jnp.cos(jnp.arange(out["u"].size)).reshape(out["u"].shape)
+    return (
+        jnp.sum((out["u"] - weights) ** 2)
+        + 0.3 * jnp.sum(jnp.sin(out["x"]))
+        + 0.1 * jnp.sum(jnp.cos(out["costate"]))
+        + 0.2 * out["objective"]
+    )
+
+
+def solve(system, inputs, **kwargs):
+    return mpc_solve(
+        system.cost,
+        system.dynamics,
+        inputs["x_init"],
+        jnp.zeros_like(inputs["u_lower"]),
+        inputs["params"],
+        u_lower=inputs["u_lower"],
+        u_upper=inputs["u_upper"],
+        **kwargs,
+    )
+
+
+def value(system, inputs, **kwargs):
+    solution = solve(system, inputs, **kwargs)
+    return loss({k: getattr(solution, k) for k in ("x", "u", "costate", "objective")}), solution
+
+
+def inputs_of(system, params, bound, x_init):
+    return {
+        "x_init": x_init,
+        "params": params,
+        "u_lower": jnp.full((T, 1), -bound),
+        "u_upper": jnp.full((T, 1), bound),
+    }
+
+
+CASES = {
+    "bang-bang pendulum": (pendulum, 1e-3, 2.0),
+    "pendulum at any angle": (pendulum, 0.1, 2.0),
+    "free pendulum": (pendulum, 0.1, np.inf),
+    "cartpole with some bounds": (cartpole, 1e-3, 10.0),
+    "cartpole": (cartpole, 1e-3, 100.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_match_dense_autodiff_in_every_input(case):
+    system, control_weight, bound = CASES[case]
+    params = weighted(system, control_weight)
+
+    @jax.jit
+    @jax.vmap
+    def both(x_init):
+        inputs = inputs_of(system, params, bound, x_init)
+        grad, solution = jax.grad(value, 1, has_aux=True)(system, inputs)
+        want = oracle.gradient(loss, system.cost, system.dynamics, None, solution.u, inputs)
+        return grad, want, solution
+
+    grad, want, solution = both(large_angles(system, 16))
+    assert np.all(np.asarray(solution.status) == Status.CONVERGED)
+    shares = 1 - np.mean(solution.free, axis=(1, 2))
+    if np.isfinite(bound) and bound < 100:
+        assert np.min(shares) < np.max(shares)  # bounds mixed: none, some, many
+    for i in range(16):
+        one, true = (jax.tree.map(lambda a, i=i: a[i], tree) for tree in (grad, want))
+        scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(true))
+        assert_close(one, true, 1e-9, scale=scale)
+
+
+def random_network(key, sizes):
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {"W": jax.random.normal(k, (b, a)) / jnp.sqrt(a), "b": jnp.zeros(b)}
+        for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+class Network:
+    """A neural network as dynamics with two controls, a nonquadratic cost and a terminal cost."""
+
+    params = {
+        "net": random_network(jax.random.key(1), [5, 16, 3]),
+        "goal": jnp.array([0.5, -0.2, 0.1]),
+    }
+
+    @staticmethod
+    def dynamics(x, u, t, params):
+        h = jnp.concatenate([x, u])
+        for layer in params["net"][:-1]:
+            h = jnp.tanh(layer["W"] @ h + layer["b"])
+        last = params["net"][-1]
+        return x + 0.3 * (last["W"] @ h + last["b"])
+
+    @staticmethod
+    def cost(x, u, t, params):
+        return jnp.sum(jnp.sqrt(1 + (x - params["goal"]) ** 2)) + 1.5 * u @ u + 0.01 * t * x[0]
+
+    @staticmethod
+    def terminal_cost(x, params):
+        return 3 * jnp.sum((x - params["goal"]) ** 2) + jnp.cosh(x[1])
+
+
+def test_network_dynamics_with_terminal_cost_and_time_varying_bounds():
+    def run(inputs):
+        solution = mpc_solve(
+            Network.cost, Network.dynamics, inputs["x_init"], jnp.zeros((12, 2)), inputs["params"],
+            terminal_cost=Network.terminal_cost,
+            u_lower=inputs["u_lower"], u_upper=inputs["u_upper"],
+        )  # fmt: skip
+        return loss({k: getattr(solution, k) for k in ("x", "u", "costate", "objective")}), solution
+
+    wave = 0.3 + 0.5 * jnp.abs(jnp.sin(jnp.arange(24.0))).reshape(12, 2)
+    inputs = {
+        "x_init": jnp.array([1.0, -1.0, 0.4]),
+        "params": Network.params,
+        "u_lower": -wave,
+        "u_upper": wave.at[3].set(-wave[3]),  # equal bounds at one stage
+    }
+    grad, solution = jax.jit(jax.grad(run, has_aux=True))(inputs)
+    assert solution.status == Status.CONVERGED
+    assert 0 < np.mean(solution.free) < 1
+    assert not np.any(solution.free[3])
+    assert np.all(solution.u[3] == -wave[3])
+    want = jax.jit(
+        lambda u: oracle.gradient(
+            loss, Network.cost, Network.dynamics, Network.terminal_cost, u, inputs
+        )
+    )(solution.u)
+    # At equal bounds the oracle, too, names the bound by the sign of the multiplier.
+    assert_close(grad, want, 1e-9, scale=float(jnp.max(jnp.abs(want["x_init"]))))
+
+
+def test_the_objective_alone_costs_no_linear_solve_and_is_the_envelope():
+    inputs = inputs_of(pendulum, weighted(pendulum, 0.1), 2.0, pendulum.state(2.0, 0.5))
+
+    def objective(inputs):
+        return solve(pendulum, inputs).objective
+
+    grad = jax.jit(jax.grad(objective))(inputs)
+    solution = jax.jit(lambda inputs: solve(pendulum, inputs))(inputs)
+    want = jax.jit(
+        lambda u: oracle.gradient(
+            lambda out: out["objective"], pendulum.cost, pendulum.dynamics, None, u, inputs
+        )
+    )(solution.u)
+    assert_close(grad, want, 1e-9, scale=float(jnp.max(jnp.abs(want["x_init"]))))
+    assert_close(grad["x_init"], solution.costate[0], 1e-12)
+    # Backward of the plan: two more scans, the two substitutions of the LQR solve.
+    scans = [
+        str(jax.make_jaxpr(jax.grad(f))(inputs)).count(" scan[")
+        for f in (objective, lambda inputs: jnp.sum(solve(pendulum, inputs).u))
+    ]
+    assert scans[0] + 2 <= scans[1]
+
+
+def test_the_gain_has_the_derivative_of_finite_differences():
+    inputs = inputs_of(pendulum, weighted(pendulum, 0.1), 2.0, pendulum.state(2.5, -0.5))
+
+    @jax.jit
+    def gains(physics):
+        params = inputs["params"]._replace(physics=physics)
+        return jnp.sum(jnp.sin(solve(pendulum, {**inputs, "params": params}).K))
+
+    physics = inputs["params"].physics
+    grad = jax.grad(gains)(physics)
+    for name in physics._fields:
+        h = 1e-5
+        up = gains(physics._replace(**{name: getattr(physics, name) + h}))
+        down = gains(physics._replace(**{name: getattr(physics, name) - h}))
+        assert_close(getattr(grad, name), (up - down) / (2 * h), 1e-6)
+
+
+def test_u_init_has_zero_gradient():
+    params, x_init = weighted(pendulum, 0.1), pendulum.state(1.0, 0.0)
+
+    def run(u_init):
+        s = mpc_solve(pendulum.cost, pendulum.dynamics, x_init, u_init, params,
+                      u_lower=-2.0, u_upper=2.0)  # fmt: skip
+        return jnp.sum(s.u) + s.objective
+
+    grad = jax.grad(run)(jnp.full((T, 1), 0.1))
+    assert np.all(np.asarray(grad) == 0)
+
+
+def test_equal_bounds_share_the_sensitivity_where_the_multiplier_is_zero():
+    def run(lower, upper):
+        s = mpc_solve(
+            lambda x, u, t, p: u @ u, lambda x, u, t, p: x + u, jnp.ones(1), jnp.zeros((1, 1)),
+            u_lower=lower, u_upper=upper,
+        )  # fmt: skip
+        return s.u[0, 0]
+
+    def at(bound):
+        return jax.grad(run, (0, 1))(jnp.asarray(bound), jnp.asarray(bound))
+
+    assert_close(at(0.0), (jnp.array(0.5), jnp.array(0.5)), 1e-12)
+    assert_close(at(1.0), (jnp.array(1.0), jnp.array(0.0)), 1e-12)
+    assert_close(at(-1.0), (jnp.array(0.0), jnp.array(1.0)), 1e-12)
+
+
+def test_the_ilqr_backward_is_right_for_affine_dynamics_and_wrong_otherwise():
+    def errors(system, params, inputs):
+        @jax.jit
+        def gradients(inputs):
+            return [
+                jax.grad(lambda i: value(system, i, options=Options(backward_hessian=h))[0])(inputs)
+                for h in ("exact", "ilqr")
+            ]
+
+        exact, ilqr = gradients(inputs)
+        a, b = (ravel_pytree(tree)[0] for tree in (exact, ilqr))
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+
+    class Affine:
+        cost = staticmethod(pendulum.cost)
+
+        @staticmethod
+        def dynamics(x, u, t, params):
+            A = jnp.array([[1.0, 0.1, 0.0], [0.0, 1.0, 0.1], [0.0, 0.0, 0.9]])
+            return A @ x + params.physics.g * jnp.array([0.0, 0.0, 0.1]) * u[0]
+
+    params = weighted(pendulum, 0.1)
+    inputs = inputs_of(pendulum, params, 2.0, pendulum.state(2.5, 0.5))
+    assert errors(Affine, params, inputs) <= 1e-12
+    assert errors(pendulum, params, inputs) > 0.05
+
+
+def test_float32_gradients_are_those_of_float64_where_the_active_set_is_the_same():
+    for system, control_weight, bound in ((pendulum, 0.1, 2.0), (cartpole, 1e-3, 10.0)):
+        starts = large_angles(system, 64)
+
+        def grads(dtype, system=system, weight=control_weight, bound=bound, starts=starts):
+            params = jax.tree.map(lambda a: a.astype(dtype), weighted(system, weight))
+
+            def one(x_init):
+                inputs = inputs_of(system, params, bound, x_init)
+                inputs = jax.tree.map(lambda a: a.astype(dtype), inputs)
+                grad, solution = jax.grad(value, 1, has_aux=True)(system, inputs)
+                return grad["params"], solution
+
+            return jax.jit(jax.vmap(one))(starts.astype(dtype))
+
+        low, low_solution = grads(jnp.float32)
+        high, high_solution = grads(jnp.float64)
+        assert low_solution.u.dtype == jnp.float32
+        assert np.all(np.asarray(high_solution.status) == Status.CONVERGED)
+        same = np.all(np.asarray(low_solution.free == high_solution.free), axis=(1, 2))
+        same &= np.asarray(low_solution.status) == Status.CONVERGED
+        # Another local minimum is another problem.
+        same &= np.abs(low_solution.objective - high_solution.objective) < 1e-3
+        assert np.mean(same) > 0.9
+        for i in np.flatnonzero(same):
+            one, true = (ravel_pytree(jax.tree.map(lambda a: a[i], t))[0]
+                         for t in (low, high))  # fmt: skip
+            assert_close(one, true, 1e-3)
+
+
+def test_options_are_constants_to_the_derivative():
+    inputs = inputs_of(pendulum, weighted(pendulum, 0.1), 2.0, pendulum.state(1.0, 0.5))
+
+    def run(tolerance):
+        options = dataclasses.replace(Options(), tolerance=tolerance)
+        return jnp.sum(solve(pendulum, inputs, options=options).u)
+
+    assert jax.grad(run)(1e-8) == 0

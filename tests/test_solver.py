@@ -1,0 +1,528 @@
+"""``ilqr_box`` against the rolled-out objective's own derivatives, and against IPOPT."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import casadi
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, rolled_out
+
+from jaxmpc import Options, Status, ilqr_box
+from jaxmpc.systems import cartpole, pendulum
+
+T, COUNT = 20, 64
+TOLERANCE = 1e-10
+OPTIONS = Options(tolerance=TOLERANCE)
+
+
+class Model(NamedTuple):
+    cost: Any
+    dynamics: Any
+    terminal_cost: Any = None
+
+
+class Inputs(NamedTuple):
+    """A batch of problems with one model."""
+
+    x_init: jax.Array
+    u_init: jax.Array
+    params: Any
+    lower: jax.Array
+    upper: jax.Array
+
+
+@functools.cache
+def solver(model):
+    def one(inputs, options):
+        x_init, u_init, params, lower, upper = inputs
+        return ilqr_box(
+            model.cost,
+            model.dynamics,
+            x_init,
+            u_init,
+            params,
+            terminal_cost=model.terminal_cost,
+            u_lower=lower,
+            u_upper=upper,
+            options=options,
+        )
+
+    return jax.jit(jax.vmap(one, (0, None)))
+
+
+def solve(model, inputs, options=OPTIONS):
+    return jax.tree.map(np.asarray, solver(model)(inputs, options))
+
+
+class Facts(NamedTuple):
+    """What is true of a plan, by autodiff of the rolled-out objective alone."""
+
+    x: np.ndarray
+    costate: np.ndarray
+    K: np.ndarray
+    free: np.ndarray
+    objective: np.ndarray
+    kkt_residual: np.ndarray
+    terms: np.ndarray  # the largest of the terms that cancel in ∇_u J
+    curvature: np.ndarray  # the smallest eigenvalue of ∇²_uu J on the free controls
+
+
+@functools.cache
+def _facts(model):
+    def one(inputs, u):
+        x_init, _, params, lower, upper = inputs
+        (T, m), n = u.shape, x_init.shape[0]
+
+        def J(u, push):
+            return rolled_out(*model[:2], x_init, u, params, model.terminal_cost, push)
+
+        still = jnp.zeros((T + 1, n), u.dtype)
+        (objective, x), (gradient, costate) = jax.value_and_grad(J, (0, 1), has_aux=True)(u, still)
+        ends = ((u == lower) & (gradient > 0)) | ((u == upper) & (gradient < 0))
+        free = ~(ends | (lower == upper))
+
+        hessian, _ = jax.hessian(J, (0, 1), has_aux=True)(u, still)
+        Huu = hessian[0][0].reshape(T * m, T * m)
+        Hux = hessian[0][1].reshape(T * m, T + 1, n)
+
+        def on(keep):
+            keep = keep.ravel()
+            return jnp.where(keep[:, None] & keep[None, :], Huu, jnp.eye(T * m)), keep[:, None]
+
+        def gain(t):  # the answer of u_t to a push of x_t while later controls answer too
+            matrix, keep = on(free & (jnp.arange(T) >= t)[:, None])
+            return -jnp.linalg.solve(matrix, jnp.where(keep, Hux[:, t], 0)).reshape(T, m, n)[t]
+
+        stage_gradient = jax.vmap(jax.grad(model.cost, 1), (0, 0, 0, None))
+        of_cost = stage_gradient(x[:-1], u, jnp.arange(T, dtype=jnp.int32), params)
+        return Facts(
+            x=x,
+            costate=costate,
+            K=jax.vmap(gain)(jnp.arange(T)),
+            free=free,
+            objective=objective,
+            kkt_residual=jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u)),
+            terms=jnp.maximum(jnp.max(jnp.abs(of_cost)), jnp.max(jnp.abs(gradient - of_cost))),
+            curvature=jnp.min(jnp.linalg.eigvalsh(on(free)[0])),
+        )
+
+    return jax.jit(jax.vmap(one))
+
+
+def facts(model, inputs, u):
+    return jax.tree.map(np.asarray, _facts(model)(inputs, u))
+
+
+def is_strict_minimum(facts, tolerance=TOLERANCE):
+    """Of every problem, from the facts alone; twice the tolerance, since rounding differs."""
+    stationary = facts.kkt_residual <= 2 * tolerance * np.maximum(1, facts.terms)
+    return stationary & (facts.curvature > 0)
+
+
+SYSTEMS = {
+    "pendulum": (pendulum, Model(pendulum.cost, pendulum.dynamics), pendulum.default_params),
+    "damped pendulum": (
+        pendulum,
+        Model(pendulum.cost, pendulum.damped_dynamics),
+        pendulum.default_damped_params,
+    ),
+    "cartpole": (cartpole, Model(cartpole.cost, cartpole.dynamics), cartpole.default_params),
+}
+each_system = pytest.mark.parametrize("system", ["pendulum", "cartpole"])
+
+
+def model_of(system):
+    return SYSTEMS[system][1]
+
+
+def inputs_of(system, dtype=jnp.float64, count=COUNT, seed=0):
+    """Random starts of the paper's problems, from u_init = 0."""
+    module, _, default_params = SYSTEMS[system]
+    bounds = [jnp.full((count, T, 1), b, dtype) for b in (module.U_LOWER, module.U_UPPER)]
+    return Inputs(
+        module.sample_states(jax.random.key(seed), count, dtype),
+        jnp.zeros((count, T, 1), dtype),
+        jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), default_params(dtype)),
+        *bounds,
+    )
+
+
+@functools.cache
+def solved(system):
+    return solve(model_of(system), inputs_of(system))
+
+
+def random_controls(inputs, factor, seed=0):
+    """Uniform within ``factor`` times the bounds."""
+    uniform = np.random.default_rng(seed).uniform(-factor, factor, inputs.upper.shape)
+    return jnp.asarray(uniform * inputs.upper)
+
+
+# What a solution says.
+
+
+@each_system
+def test_every_start_converges_to_a_strict_minimum(system):
+    inputs, solution = inputs_of(system), solved(system)
+    assert np.all(solution.status == Status.CONVERGED)
+    assert np.all(is_strict_minimum(facts(model_of(system), inputs, solution.u)))
+
+
+@pytest.mark.parametrize("max_iterations", [0, 1, 3, 200])
+@each_system
+def test_every_field_describes_the_returned_point(system, max_iterations):
+    inputs = inputs_of(system)._replace(u_init=random_controls(inputs_of(system), 1.5))
+    options = Options(tolerance=TOLERANCE, max_iterations=max_iterations)
+    solution = solve(model_of(system), inputs, options)
+    want = facts(model_of(system), inputs, solution.u)
+    for name in ("x", "objective", "costate"):
+        assert_close(getattr(solution, name), getattr(want, name), 1e-11)
+    assert_close(solution.kkt_residual, want.kkt_residual, 1e-11, scale=1 + np.max(want.terms))
+    assert np.array_equal(solution.free, want.free)
+    definite = want.curvature > 1e-6
+    assert np.mean(definite) > 0.4
+    assert_close(solution.K[definite], want.K[definite], 1e-8)
+    assert np.all(solution.K[~solution.free] == 0)
+    assert np.all(solution.iterations <= max_iterations)
+
+
+@each_system
+def test_controls_stay_within_the_bounds_and_clamped_ones_equal_them(system):
+    inputs, solution = inputs_of(system), solved(system)
+    assert np.all((solution.u >= inputs.lower) & (solution.u <= inputs.upper))
+    at_bound = (solution.u == inputs.lower) | (solution.u == inputs.upper)
+    assert np.array_equal(~solution.free, at_bound)
+    assert np.any(at_bound)
+
+
+@each_system
+def test_a_solution_is_a_fixed_point(system):
+    again = solve(model_of(system), inputs_of(system)._replace(u_init=solved(system).u))
+    assert np.all(again.iterations == 0)
+    same = dataclasses.replace(solved(system), iterations=again.iterations)
+    assert_close(again, same, 0)
+
+
+# Against IPOPT, on models written again with the angle as a state.
+
+
+def casadi_pendulum(state, u):
+    th, thd = state[0], state[1]
+    cost = 0.5 * (1 + 0.1 * thd**2 + 0.001 * u**2) - casadi.cos(th)
+    thd_next = thd + 0.05 * (15 * casadi.sin(th) + 3 * u)
+    return cost, casadi.vertcat(th + 0.05 * thd_next, thd_next)
+
+
+def casadi_cartpole(state, u):
+    y, yd, th, thd = (state[i] for i in range(4))
+    cost = 0.5 * (0.1 * (y**2 + yd**2 + thd**2) + 1 + 0.001 * u**2) - casadi.cos(th)
+    a = (u + 0.05 * thd**2 * casadi.sin(th)) / 1.1
+    thdd = (9.8 * casadi.sin(th) - a * casadi.cos(th)) / (
+        0.5 * (4 / 3 - 0.1 * casadi.cos(th) ** 2 / 1.1)
+    )
+    ydd = a - 0.05 * thdd * casadi.cos(th) / 1.1
+    return cost, state + 0.05 * casadi.vertcat(yd, ydd, thd, thdd)
+
+
+CASADI = {"pendulum": (casadi_pendulum, 2), "cartpole": (casadi_cartpole, 4)}
+
+
+def ipopt(system):
+    """A function from the bound, the states [T+1, ·] and the controls [T] to IPOPT's answer."""
+    step, n = CASADI[system]
+    x, u = casadi.SX.sym("x", n, T + 1), casadi.SX.sym("u", T)
+    objective, gaps = 0, []
+    for t in range(T):
+        cost, x_next = step(x[:, t], u[t])
+        objective += cost
+        gaps.append(x[:, t + 1] - x_next)
+    problem = dict(x=casadi.vertcat(casadi.vec(x), u), f=objective, g=casadi.vertcat(*gaps))
+    settings = dict(
+        tol=1e-11, print_level=0, sb="yes", bound_relax_factor=0, mu_init=1e-9, bound_push=1e-10,
+        bound_frac=1e-10, max_iter=100,
+    )  # fmt: skip
+    program = casadi.nlpsol("program", "ipopt", problem, dict(ipopt=settings, print_time=False))
+
+    def answer(bound, x, u):
+        low, high = (np.full(x.shape, side * np.inf) for side in (-1, 1))
+        low[0] = high[0] = x[0]
+        result = program(
+            x0=np.concatenate([x.ravel(), u]),
+            lbx=np.concatenate([low.ravel(), np.full(T, -bound)]),
+            ubx=np.concatenate([high.ravel(), np.full(T, bound)]),
+            lbg=0,
+            ubg=0,
+        )
+        assert program.stats()["success"]
+        return float(result["f"]), np.asarray(result["x"])[-T:, 0]
+
+    return answer
+
+
+@each_system
+def test_ipopt_started_at_the_solution_stays_there(system):
+    module, solution, answer = SYSTEMS[system][0], solved(system), ipopt(system)
+    for i in range(8):
+        angles = np.unwrap(np.asarray(module.angle(solution.x[i])))
+        # The state with its angle in place of cosine and sine.
+        states = np.column_stack([solution.x[i][:, :-3], angles, solution.x[i][:, -1]])
+        objective, u = answer(module.U_UPPER, states, solution.u[i][:, 0])
+        assert_close(solution.objective[i], objective, 1e-9)
+        assert_close(solution.u[i][:, 0], u, 1e-5, scale=module.U_UPPER)
+
+
+# What does not matter.
+
+
+@each_system
+def test_the_papers_hessian_reaches_the_same_objective(system):
+    options = Options(tolerance=1e-8, hessian="ilqr", max_iterations=500)
+    solution = solve(model_of(system), inputs_of(system), options)
+    same = np.abs(solution.objective - solved(system).objective) < 1e-9
+    print(np.bincount(solution.status), solution.iterations.max(), same.mean())
+    assert np.all(solution.status == Status.CONVERGED)
+    assert np.mean(same) > 0.9
+
+
+@each_system
+def test_the_unit_of_the_cost_does_not_matter(system):
+    inputs = inputs_of(system)
+    thousand = jax.tree.map(lambda a: 1000 * a, inputs.params.cost)
+    scaled = inputs._replace(params=inputs.params._replace(cost=thousand))
+    got, want = solve(model_of(system), scaled), solved(system)
+    assert np.array_equal(got.status, want.status)
+    assert_close(got.u, want.u, 1e-7)
+    assert_close(got.objective, 1000 * want.objective, 1e-11)
+
+
+@each_system
+def test_a_float32_problem_ends_converged_or_with_nothing_left_to_gain(system):
+    ends = []
+    for seed in range(4):
+        with jax.numpy_dtype_promotion("strict"):
+            solution = solve(model_of(system), inputs_of(system, jnp.float32, seed=seed), Options())
+        assert solution.u.dtype == solution.objective.dtype == np.float32
+        ends.append(solution.status)
+    ends = np.concatenate(ends)
+    print(np.bincount(ends))
+    assert np.all((ends == Status.CONVERGED) | (ends == Status.STALLED))
+    assert np.mean(ends == Status.CONVERGED) > 0.95
+
+
+# Where it begins and how it goes on.
+
+
+@each_system
+def test_the_start_is_clipped_into_the_bounds(system):
+    inputs = inputs_of(system)
+    u_init = random_controls(inputs, 3)
+    solution = solve(model_of(system), inputs._replace(u_init=u_init), Options(max_iterations=0))
+    assert np.array_equal(solution.u, np.clip(u_init, inputs.lower, inputs.upper))
+    assert np.all(solution.status == Status.MAX_ITERATIONS)
+    assert np.all(solution.iterations == 0)
+
+
+@each_system
+def test_the_objective_never_exceeds_that_of_the_start(system):
+    inputs = inputs_of(system)
+    before = np.full(COUNT, np.inf)
+    for count in (0, 1, 2, 5, 200):
+        start = inputs._replace(u_init=random_controls(inputs, 2))
+        objective = solve(model_of(system), start, Options(max_iterations=count)).objective
+        assert np.all(objective <= before * (1 + 1e-12 * np.sign(before)))
+        before = objective
+
+
+# One bad problem in a batch.
+
+
+def spoiled(inputs, **values):
+    """The batch with other values in its problem 3."""
+    return inputs._replace(
+        **{name: getattr(inputs, name).at[3].set(value) for name, value in values.items()}
+    )
+
+
+def assert_others_unaffected(solution):
+    def others(solution):
+        return jax.tree.map(lambda a: np.delete(a, 3, axis=0), solution)
+
+    assert_close(others(solution), others(solved("pendulum")), 0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [dict(x_init=np.nan), dict(x_init=1e200), dict(x_init=np.inf), dict(u_init=np.nan)],
+    ids=str,
+)
+def test_what_is_not_finite_is_said_and_stays_alone(values):
+    solution = solve(model_of("pendulum"), spoiled(inputs_of("pendulum"), **values))
+    assert solution.status[3] == Status.NONFINITE
+    assert_others_unaffected(solution)
+
+
+@pytest.mark.parametrize("values", [dict(lower=3.0), dict(upper=-3.0), dict(lower=np.nan)], ids=str)
+def test_crossed_bounds_are_infeasible_and_stay_alone(values):
+    inputs = inputs_of("pendulum")
+    values = {name: getattr(inputs, name)[3].at[7].set(value) for name, value in values.items()}
+    solution = solve(model_of("pendulum"), spoiled(inputs, **values))
+    assert solution.status[3] == Status.INFEASIBLE
+    assert_others_unaffected(solution)
+
+
+# Saddles and degenerate minima.
+
+
+def test_it_leaves_the_pendulum_hanging_at_rest():
+    inputs = spoiled(inputs_of("pendulum"), x_init=jnp.array([-1.0, 0.0, 0.0]))
+    rest = facts(model_of("pendulum"), inputs, inputs.u_init)
+    assert_close(rest.objective[3], 30.0, 1e-14)
+    assert rest.kkt_residual[3] == 0 and rest.curvature[3] < 0
+    stuck = solve(model_of("pendulum"), inputs, Options(max_iterations=0))
+    assert stuck.status[3] == Status.INDEFINITE
+    solution = solve(model_of("pendulum"), inputs)
+    assert solution.status[3] == Status.CONVERGED
+    assert solution.objective[3] < 28
+    assert is_strict_minimum(facts(model_of("pendulum"), inputs, solution.u))[3]
+
+
+def single(model, x_init, u_init, params=None, lower=-np.inf, upper=np.inf, options=OPTIONS):
+    """One problem, as a batch of one."""
+    x_init, u_init = jnp.asarray(x_init, float), jnp.asarray(u_init, float)
+    bounds = (jnp.broadcast_to(jnp.asarray(b, float), u_init.shape) for b in (lower, upper))
+    inputs = jax.tree.map(lambda a: jnp.asarray(a)[None], Inputs(x_init, u_init, params, *bounds))
+    return inputs, solve(model, inputs, options)
+
+
+def integrator(x, u, t, params):
+    return x + u
+
+
+def test_a_control_without_effect_is_degenerate():
+    model = Model(lambda x, u, t, params: x @ x, lambda x, u, t, params: 0.5 * x)
+    _, solution = single(model, [1.0], np.ones((3, 1)))
+    assert solution.status == Status.INDEFINITE
+    assert np.array_equal(solution.u[0], np.ones((3, 1)))
+
+
+def test_a_minimum_without_curvature_is_degenerate():
+    model = Model(lambda x, u, t, params: x @ x + u[0] ** 4, lambda x, u, t, params: 0.5 * x)
+    _, solution = single(model, [1.0], np.zeros((3, 1)))
+    assert solution.status == Status.INDEFINITE
+
+
+def test_it_leaves_a_saddle_whose_diagonal_has_no_sign():
+    def cost(x, u, t, params):
+        return u[0] * u[1] + 0.1 * jnp.sum(u**4)
+
+    inputs, solution = single(Model(cost, integrator), [0.0, 0.0], np.zeros((2, 2)))
+    assert solution.status == Status.CONVERGED
+    assert solution.objective < -0.1
+
+
+def test_with_a_kink_it_stalls():
+    def cost(x, u, t, params):
+        return jnp.maximum(u[0] - 0.3, -2 * (u[0] - 0.3))
+
+    _, solution = single(Model(cost, integrator), [0.0], np.full((1, 1), 0.3))
+    assert solution.status == Status.STALLED
+    assert solution.u[0, 0, 0] == 0.3
+
+
+# Problems of other shapes.
+
+
+def network_dynamics(x, u, t, params):
+    return x + 0.3 * jnp.tanh(params["A"] @ x + params["B"] @ u)
+
+
+def network_cost(x, u, t, params):
+    error = x - params["goal"][t]
+    return error @ error + 0.05 * u @ u + 0.02 * jnp.sum(jnp.cos(2 * u)) + params["tilt"] @ u
+
+
+def network_terminal_cost(x, params):
+    return 2 * jnp.sum(jnp.sqrt(1 + (x - params["goal"][-1]) ** 2))
+
+
+NETWORK = Model(network_cost, network_dynamics, network_terminal_cost)
+
+
+def network_inputs(n, m, T, count=32):
+    """Random recurrent networks with bounds of all kinds: finite, infinite, equal."""
+    rng = np.random.default_rng([n, m, T])
+    params = dict(
+        A=rng.normal(size=(count, n, n)),
+        B=rng.normal(size=(count, n, m)),
+        goal=rng.normal(size=(count, T + 1, n)),
+        tilt=0.1 * rng.normal(size=(count, m)),
+    )
+    lower, upper = rng.uniform(-1, 0, (count, T, m)), rng.uniform(0, 1, (count, T, m))
+    kind = rng.choice(5, size=lower.shape)
+    lower[(kind == 1) | (kind == 3)] = -np.inf
+    upper[(kind == 2) | (kind == 3)] = np.inf
+    lower[kind == 4] = upper[kind == 4]
+    inputs = Inputs(rng.normal(size=(count, n)), np.zeros((count, T, m)), params, lower, upper)
+    return jax.tree.map(jnp.asarray, inputs)
+
+
+@pytest.mark.parametrize("n, m, T", [(1, 1, 1), (3, 2, 1), (3, 2, 6), (4, 3, 6)])
+def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
+    inputs = network_inputs(n, m, T)
+    solution = solve(NETWORK, inputs)
+    print(np.bincount(solution.status), solution.iterations.max())
+    want = facts(NETWORK, inputs, solution.u)
+    assert np.all(solution.status == Status.CONVERGED)
+    assert np.all(is_strict_minimum(want))
+    assert np.array_equal(solution.free, want.free)
+    assert_close(solution.K, want.K, 1e-8)
+    equal = inputs.lower == inputs.upper
+    assert np.array_equal(solution.u[equal], inputs.lower[equal])
+    assert not np.any(solution.free[equal])
+
+
+def test_a_cost_that_is_not_convex_in_the_control():
+    def cost(x, u, t, params):
+        return jnp.sum(jnp.cos(3 * u)) + 0.1 * u @ u + 0.5 * x @ x
+
+    model, inputs = Model(cost, integrator), network_inputs(1, 1, 4)
+    u_init = jnp.linspace(-3, 3, 4 * 31).reshape(31, 4, 1)
+    u_init = jnp.concatenate([u_init, jnp.zeros((1, 4, 1))])  # every control at a maximum
+    inputs = inputs._replace(x_init=jnp.zeros((32, 1)), u_init=u_init)
+    inputs = inputs._replace(lower=inputs.lower * 0 - 4, upper=jnp.full_like(inputs.upper, 4))
+    solution = solve(model, inputs)
+    print(np.bincount(solution.status), solution.iterations)
+    want = facts(model, inputs, solution.u)
+    assert np.all(solution.status == Status.CONVERGED)
+    assert np.all(is_strict_minimum(want))
+
+
+def test_steps_into_overflow_are_shortened():
+    def dynamics(x, u, t, params):
+        return x + jnp.exp(u)
+
+    def cost(x, u, t, params):
+        return 0.5 * (x - 100) @ (x - 100) + 1e-3 * u @ u
+
+    model = Model(cost, dynamics)
+    inputs, solution = single(model, [0.0], np.full((3, 1), -6.0))
+    print(solution)
+    overshoot = rolled_out(cost, dynamics, inputs.x_init[0], inputs.u_init[0] + 1000.0)[0]
+    assert not np.isfinite(overshoot)
+    assert solution.status == Status.CONVERGED
+    assert is_strict_minimum(facts(model, inputs, solution.u))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_of_a_thousand_starts_nearly_all_converge_and_none_falsely(system):
+    inputs = inputs_of(system, count=1000, seed=1)
+    solution = solve(model_of(system), inputs, Options())
+    converged = solution.status == Status.CONVERGED
+    want = facts(model_of(system), inputs, solution.u)
+    assert np.mean(converged) >= 0.99
+    assert np.all(is_strict_minimum(want)[converged])
