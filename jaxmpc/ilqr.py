@@ -24,6 +24,7 @@ from jaxmpc.steps import (
     definite_threshold,
     iterate,
     line_search,
+    rounding,
 )
 from jaxmpc.types import Options, Solution, Status
 
@@ -62,11 +63,11 @@ class Assessment(NamedTuple):
     held: Array  # [T, m], the clamped controls
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
+    relative: Array  # the residual over the terms that cancel in it
     finite: Array
-    small: Array  # the residual is within the tolerance
 
 
-def assess(model: Model, data: Data, point: Iterate, tolerance: Array) -> Assessment:
+def assess(model: Model, data: Data, point: Iterate) -> Assessment:
     """Expand the problem at a point and hold it against the first-order conditions."""
     u, x, _ = point
     lower, upper = data.u_lower, data.u_upper
@@ -87,18 +88,24 @@ def assess(model: Model, data: Data, point: Iterate, tolerance: Array) -> Assess
         held=held,
         kkt_residual=jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u)),
         residual=residual,
+        relative=residual / jnp.maximum(1, jnp.max(terms)),
         finite=finite,
-        small=finite & (residual <= tolerance * jnp.maximum(1, jnp.max(terms))),
     )
 
 
-def tolerance_of(options: Options, dtype) -> Array:
-    """``Options.tolerance``; its default is what second-order steps reach in the dtype."""
-    tolerance = options.tolerance
-    if tolerance is None:
-        eps = float(jnp.finfo(dtype).eps)
-        tolerance = 1e-10 if eps < 1e-12 else 8 * eps
-    return jnp.asarray(tolerance, dtype)
+def tolerances(options: Options, dtype) -> tuple[Array, Array]:
+    """What counts as converged, and what the solver aims for before it stops.
+
+    They differ in the default for narrow types: there the residual that rounding allows depends on
+    the problem, so the solver goes on while steps still lower it.
+    """
+    if options.tolerance is not None:
+        tolerance = goal = options.tolerance
+    elif (eps := float(jnp.finfo(dtype).eps)) < 1e-12:
+        tolerance = goal = 1e-10
+    else:
+        tolerance, goal = 64 * eps, 4 * eps
+    return jnp.asarray(tolerance, dtype), jnp.asarray(goal, dtype)
 
 
 def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Factors]:
@@ -107,23 +114,24 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
     dtype = data.x_init.dtype
     T, m = data.u_init.shape
     n = data.x_init.shape[0]
-    tolerance = tolerance_of(options, dtype)
+    tolerance, goal = tolerances(options, dtype)
     decay = jnp.asarray(options.line_search_decay, dtype)
 
     def trip(s: _Search) -> _Search:
-        here = assess(model, data, s.point, tolerance)
-        first, second, held = here.first, here.second, here.held
-        finite, small = here.finite, here.small
+        here = assess(model, data, s.point)
+        first, second, held, finite = here.first, here.second, here.held, here.finite
         u = s.point.u
+        small = finite & (here.relative <= tolerance)
         out_of_time = s.iterations >= options.max_iterations
         moved = s.iterations > 0
-        # Go back if the derivatives are not finite here, or if the step here changed the objective
-        # by rounding only and did not lower the residual either.
-        useless = s.noisy & ~small & ~(here.residual < s.previous_residual)
-        back = moved & ~s.finish & (~finite | useless)
+        # A step that changed the objective by rounding only has to halve the residual to be
+        # followed by another one, and to lower it at all to be kept.
+        settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
+        worse = s.noisy & ~(here.residual < s.previous_residual)
+        back = moved & ~s.finish & (~finite | worse)
 
         # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-        certify = small | s.finish | out_of_time
+        certify = (small & (here.relative <= goal)) | settled | s.finish | out_of_time
         low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
         high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
         exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
@@ -142,37 +150,32 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         )
         bound = jnp.where(d <= lower - u, lower, upper)
         target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
-        escape = small & ~definite
+        escape = certify & small & ~definite
         step = select(
             escape,
             along_negative_curvature(s.point, second.H, first.F, factors, held, lower, upper),
             Step(target, used.K, slope, bend),
         )
 
-        stop = ~finite | back | (small & definite) | s.finish | out_of_time
-        new, search = line_search(model, data, s.point, step, escape, ~stop, decay)
+        converged = certify & small & definite
+        stuck = certify & ~small
+        stop = ~finite | back | converged | stuck | out_of_time
+        new, search = line_search(
+            model, data, s.point, step, escape, ~stop, rounding(s.point, first.costate), decay
+        )
         moves = ~stop & search.accepted
         failed = ~stop & ~search.accepted
         raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
         lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)
         exhausted = failed & (search.hopeless | (raised > _MAX_REGULARIZATION))
-        status = jnp.select(
-            [
-                ~finite & ~moved,
-                small & definite,
-                small & (exhausted | s.finish | out_of_time),
-                s.finish,
-                out_of_time,
-            ],
-            [
-                Status.NONFINITE,
-                Status.CONVERGED,
-                Status.INDEFINITE,
-                Status.STALLED,
-                Status.MAX_ITERATIONS,
-            ],
-            _RUNNING,
-        )
+        ends = {
+            Status.NONFINITE: ~finite & ~moved,
+            Status.CONVERGED: converged & ~back,
+            Status.INDEFINITE: escape & ~back & (exhausted | out_of_time),
+            Status.MAX_ITERATIONS: out_of_time & ~back,
+            Status.STALLED: stuck & ~back,
+        }
+        status = jnp.select(list(ends.values()), list(ends), _RUNNING)
         return _Search(
             point=select(back, s.previous, select(moves, new, s.point)),
             evaluation=Evaluation(first.costate, factors, ~held, here.kkt_residual),
@@ -184,7 +187,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
                 jnp.where(moves & (search.alpha == 1), lowered, s.regularization),
             ),
             noisy=moves & search.noisy,
-            finish=(back & finite) | (exhausted & ~small),
+            finish=(back & finite) | (exhausted & ~escape),
             iterations=s.iterations + jnp.where(stop, 0, 1),
             status=status.astype(jnp.int32),
         )

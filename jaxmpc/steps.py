@@ -136,18 +136,18 @@ def line_search(
     step: Step,
     escape: Array,
     wanted: Array,
+    noise: Array,
     decay: Array,
 ) -> tuple[Iterate, Search]:
     """Shorten the step until the objective falls; along negative curvature try both directions.
 
-    Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature.
+    Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature;
+    ``noise`` is the size of rounding in the objective.
     """
-    eps = float(jnp.finfo(decay.dtype).eps)
-    noise = 4 * eps * jnp.sum(jnp.abs(point.costs))
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
     drowned = ~escape & (-(step.slope + step.bend) <= noise)
-    max_tries = jnp.where(escape, 2 * _MAX_TRIES, jnp.where(drowned, 1, _MAX_TRIES))
+    max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def wants_more(carry):
         _, search, tries = carry
@@ -161,13 +161,20 @@ def line_search(
         change = jnp.sum(new.costs - point.costs)
         predicted = alpha * step.slope + alpha**2 * step.bend
         falls = change <= jnp.where(escape, -noise, _SUFFICIENT * jnp.minimum(predicted, 0))
-        noisy = ~falls & drowned & (jnp.abs(change) <= noise)
+        noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
         return new, Search(falls | noisy, alpha, noisy, escape | drowned), tries + 1
 
     no = jnp.array(False)
     start = (point, Search(no, jnp.zeros_like(decay), no, no), jnp.int32(0))
     new, search, _ = lax.while_loop(wants_more, attempt, start)
     return new, search
+
+
+def rounding(point: Iterate, costate: Array) -> Array:
+    """The size of rounding in the objective: that of the costs, and that of each state, which the
+    costates amplify."""
+    eps = float(jnp.finfo(point.x.dtype).eps)
+    return eps * (4 * jnp.sum(jnp.abs(point.costs)) + jnp.sum(jnp.abs(costate * point.x)))
 
 
 def along_negative_curvature(point, H, F, factors, held, lower, upper) -> Step:

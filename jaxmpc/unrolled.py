@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxmpc import entrywise, problem, validation
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import first_order, second_order
-from jaxmpc.ilqr import assess, tolerance_of
+from jaxmpc.ilqr import assess, tolerances
 from jaxmpc.lqr import factorize, masked_inverse
 from jaxmpc.problem import Data, Model
 from jaxmpc.steps import (
@@ -22,6 +22,7 @@ from jaxmpc.steps import (
     definite_threshold,
     iterate,
     line_search,
+    rounding,
 )
 from jaxmpc.types import Options, Solution, Status
 
@@ -93,18 +94,20 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
         )  # fmt: skip
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
         step = Step(target, factors.K, slope, bend)
-        constant_data, constant_point, constant_step = lax.stop_gradient((data, point, step))
-        _, search = line_search(model, constant_data, constant_point, constant_step, no, yes, decay)
+        constant = lax.stop_gradient((data, point, step))
+        noise = lax.stop_gradient(rounding(point, first.costate))
+        _, search = line_search(model, *constant, no, yes, noise, decay)
         alpha = jnp.where(search.accepted, search.alpha, 0)
         return apply(model, data, point, step, alpha), None
 
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
     point, _ = lax.scan(improve, start, length=num_iterations)
-    end = assess(model, data, point, tolerance_of(options, dtype))
+    end = assess(model, data, point)
+    small = end.relative <= tolerances(options, dtype)[0]
     factors = factorize(end.second.H, end.first.F, end.second.C_final, ~end.held)
     definite = jnp.all(factors.curvature > definite_threshold(dtype))
     status = jnp.select(
-        [~jnp.all(lower <= upper), ~end.finite, end.small & definite, end.small],
+        [~jnp.all(lower <= upper), ~end.finite, small & definite, small],
         [Status.INFEASIBLE, Status.NONFINITE, Status.CONVERGED, Status.INDEFINITE],
         Status.MAX_ITERATIONS,
     )
