@@ -137,9 +137,13 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
         regularization = jnp.where(certify, 0, s.regularization)
         # Both Hessians side by side: second-order steps where they are safe, else iLQR's.
-        passes = jax.vmap(backward_pass, (0,) + (None,) * 9)(
-            jnp.stack([exact, second.C]), first.F, first.c, second.C_final, first.c_final,
-            low, high, held, regularization, certify,
+        # One after the other in a loop, which compiles the recursion only once.
+        passes = lax.map(
+            lambda hessian: backward_pass(
+                hessian, first.F, first.c, second.C_final, first.c_final,
+                low, high, held, regularization, certify,
+            ),
+            jnp.stack([exact, second.C]),
         )  # fmt: skip
         factors = jax.tree.map(lambda a: a[0], passes[2])
         definite = jnp.all(factors.curvature > definite_threshold(dtype))

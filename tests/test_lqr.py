@@ -114,7 +114,7 @@ def dense_gains(problem, free):
         x, u, _ = plan(still)
         return K, u[t] - K @ x[t]
 
-    return jax.vmap(gain)(jnp.arange(T))
+    return jax.lax.map(gain, jnp.arange(T))
 
 
 dense = jax.jit(dense_plan)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close
+
 from jaxmpc import Options, lqr_solve, mpc_solve
 from jaxmpc.systems import pendulum
 
