@@ -35,6 +35,9 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet -r $<
 	touch $@
 
+gradients: .venv/.test
+	$(BIN)/python -m bench gradients
+
 demo: .venv/.demo
 	$(BIN)/python -m jaxmpc.demo
 

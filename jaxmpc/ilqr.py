@@ -28,7 +28,7 @@ from jaxmpc.steps import (
 )
 from jaxmpc.types import Options, Solution, Status
 
-_FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e8
+_FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 _RUNNING = -1  # the status of a problem that goes on
 
 
@@ -124,14 +124,14 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         small = finite & (here.relative <= tolerance)
         out_of_time = s.iterations >= options.max_iterations
         moved = s.iterations > 0
-        # A step that changed the objective by rounding only has to halve the residual to be
-        # followed by another one, and to lower it at all to be kept.
+        # A step that changed the objective by rounding only has to halve the residual, or there is
+        # nothing more to gain on this way; it has to lower it at all to be kept.
         settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
         worse = s.noisy & ~(here.residual < s.previous_residual)
         back = moved & ~s.finish & (~finite | worse)
 
         # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-        certify = (small & (here.relative <= goal)) | settled | s.finish | out_of_time
+        certify = small & (settled | (here.relative <= goal)) | s.finish | out_of_time
         low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
         high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
         exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
@@ -171,7 +171,8 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         failed = ~stop & ~search.accepted
         raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
         lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)
-        exhausted = failed & (search.hopeless | (raised > _MAX_REGULARIZATION))
+        limit = raised > _MAX_REGULARIZATION
+        exhausted = (failed & (search.hopeless | limit)) | (back & limit)
         ends = {
             Status.NONFINITE: ~finite & ~moved,
             Status.CONVERGED: converged & ~back,
@@ -186,12 +187,12 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
             previous=select(moves, s.point, s.previous),
             previous_residual=jnp.where(moves, here.residual, s.previous_residual),
             regularization=jnp.where(
-                failed | (back & ~finite),
+                failed | (back & ~finite) | (settled & ~small),
                 raised,
-                jnp.where(moves & (search.alpha == 1), lowered, s.regularization),
+                jnp.where(moves & ~search.noisy & (search.alpha == 1), lowered, s.regularization),
             ),
             noisy=moves & search.noisy,
-            finish=(back & finite) | (exhausted & ~escape),
+            finish=(back & small) | (exhausted & ~escape),
             iterations=s.iterations + jnp.where(stop, 0, 1),
             status=status.astype(jnp.int32),
         )

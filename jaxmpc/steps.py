@@ -146,7 +146,9 @@ def line_search(
     """
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
-    drowned = ~escape & (-(step.slope + step.bend) <= noise)
+    decrease = -(step.slope + step.bend)
+    drowned = ~escape & (decrease <= noise)
+    hopeless = escape | (decrease <= jnp.finfo(decay.dtype).eps * jnp.sum(jnp.abs(point.costs)))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def wants_more(carry):
@@ -155,14 +157,15 @@ def line_search(
 
     def attempt(carry):
         *_, tries = carry
-        both_ways = decay ** (2 * (tries // 2)) * jnp.where(tries % 2 == 0, 1, -1)
-        alpha = jnp.where(escape, both_ways, decay**tries)
+        pair = (tries // 2).astype(decay.dtype)
+        both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
+        alpha = jnp.where(escape, both_ways, decay ** tries.astype(decay.dtype))
         new = apply(model, data, point, step, alpha)
         change = jnp.sum(new.costs - point.costs)
         predicted = alpha * step.slope + alpha**2 * step.bend
         falls = change <= jnp.where(escape, -noise, _SUFFICIENT * jnp.minimum(predicted, 0))
         noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
-        return new, Search(falls | noisy, alpha, noisy, escape | drowned), tries + 1
+        return new, Search(falls | noisy, alpha, noisy, hopeless), tries + 1
 
     no = jnp.array(False)
     start = (point, Search(no, jnp.zeros_like(decay), no, no), jnp.int32(0))

@@ -113,24 +113,25 @@ def test_without_bounds_it_is_the_newton_step(m):
 
 
 @FORMS
-def test_an_entry_that_meets_its_bound_with_multiplier_zero_is_free(form):
-    Q = np.broadcast_to(np.diag([2.0, 4.0, 1.0]), (2, 3, 3))
-    q = np.array([[2.0, -4.0, 1.0], [2.0, -4.0, 3.0]])  # minimisers (-1, 1, -1) and (-1, 1, -3)
-    d, _, free = solve(Q, q, -np.ones((2, 3)), np.ones((2, 3)), form)
-    assert np.array_equal(d, [[-1, 1, -1], [-1, 1, -1]])
-    assert np.array_equal(free, [[True, True, True], [True, True, False]])
+@pytest.mark.parametrize("m", [1, 3])
+def test_an_entry_that_meets_its_bound_with_multiplier_zero_is_free(m, form):
+    Q = np.tile(np.diag([2.0, 4.0, 1.0]), (2, 1, 1))
+    q = np.array([[2.0, -4.0, 1.0], [3.0, -5.0, 1.0]])  # minimisers on the bounds, and beyond
+    d, _, free = solve(Q[:, :m, :m], q[:, :m], -np.ones((2, m)), np.ones((2, m)), form)
+    assert np.array_equal(d, np.tile([-1, 1, -1], (2, 1))[:, :m])
+    assert np.array_equal(free, np.array([[True, True, True], [False, False, True]])[:, :m])
 
 
 @FORMS
-def test_equal_bounds_clamp_whatever_the_multiplier(form):
-    Q = np.broadcast_to(np.array([[2.0, 1.0], [1.0, 2.0]]), (3, 2, 2))
-    q = np.array([[1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0]])
-    lower, upper = np.array([0.0, -5.0]), np.array([0.0, 5.0])
-    q[2, 0] = 0 - Q[2, 0, 1] * 1.0  # the multiplier at (0, 1) vanishes
-    d, inverse, free = solve(Q, q, np.tile(lower, (3, 1)), np.tile(upper, (3, 1)), form)
-    assert np.array_equal(d, [[0, 1]] * 3)
-    assert np.array_equal(free, [[False, True]] * 3)
-    assert np.array_equal(inverse, np.tile(np.diag([0, 0.5]), (3, 1, 1)))
+@pytest.mark.parametrize("m", [1, 2])
+def test_equal_bounds_clamp_whatever_the_multiplier(m, form):
+    Q = np.tile(np.array([[2.0, 1.0], [1.0, 2.0]]), (3, 1, 1))
+    q = np.array([[1.0, -2.0], [-1.0, -2.0], [0.0, 0.0]])
+    bounds = np.tile(np.array([0.0, 5.0]), (3, 1))
+    d, inverse, free = solve(Q[:, :m, :m], q[:, :m], -bounds[:, :m], bounds[:, :m], form)
+    assert np.array_equal(d, np.array([[0, 1], [0, 1], [0, 0]])[:, :m])
+    assert np.array_equal(free, np.tile([False, True], (3, 1))[:, :m])
+    assert np.array_equal(inverse, np.tile(np.diag([0, 0.5]), (3, 1, 1))[:, :m, :m])
 
 
 @pytest.mark.parametrize("magnitude", [1e-8, 1e8])

@@ -233,61 +233,60 @@ def test_equal_bounds_share_the_sensitivity_where_the_multiplier_is_zero():
     assert_close(at(-1.0), (jnp.array(0.0), jnp.array(1.0)), 1e-12)
 
 
+class Affine:
+    """Affine dynamics with the pendulum's cost and parameters."""
+
+    cost = staticmethod(pendulum.cost)
+
+    @staticmethod
+    def dynamics(x, u, t, params):
+        A = jnp.array([[1.0, 0.1, 0.0], [0.0, 1.0, 0.1], [0.0, 0.0, 0.9]])
+        return A @ x + params.physics.g * jnp.array([0.0, 0.0, 0.1]) * u[0]
+
+
 def test_the_ilqr_backward_is_right_for_affine_dynamics_and_wrong_otherwise():
-    def errors(system, params, inputs):
-        @jax.jit
-        def gradients(inputs):
-            return [
-                jax.grad(lambda i: value(system, i, options=Options(backward_hessian=h))[0])(inputs)
-                for h in ("exact", "ilqr")
-            ]
+    inputs = inputs_of(pendulum, weighted(pendulum, 0.1), 2.0, pendulum.state(2.5, 0.5))
 
-        exact, ilqr = gradients(inputs)
-        a, b = (ravel_pytree(tree)[0] for tree in (exact, ilqr))
-        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+    def disagreement(system):
+        def flat_gradient(hessian):
+            options = Options(backward_hessian=hessian)
+            grad = jax.jit(jax.grad(lambda i: value(system, i, options=options)[0]))(inputs)
+            return ravel_pytree(grad)[0]
 
-    class Affine:
-        cost = staticmethod(pendulum.cost)
+        exact, ilqr = flat_gradient("exact"), flat_gradient("ilqr")
+        return float(jnp.linalg.norm(exact - ilqr) / jnp.linalg.norm(exact))
 
-        @staticmethod
-        def dynamics(x, u, t, params):
-            A = jnp.array([[1.0, 0.1, 0.0], [0.0, 1.0, 0.1], [0.0, 0.0, 0.9]])
-            return A @ x + params.physics.g * jnp.array([0.0, 0.0, 0.1]) * u[0]
-
-    params = weighted(pendulum, 0.1)
-    inputs = inputs_of(pendulum, params, 2.0, pendulum.state(2.5, 0.5))
-    assert errors(Affine, params, inputs) <= 1e-12
-    assert errors(pendulum, params, inputs) > 0.05
+    assert disagreement(Affine) <= 1e-12
+    assert disagreement(pendulum) > 0.05
 
 
-def test_float32_gradients_are_those_of_float64_where_the_active_set_is_the_same():
-    for system, control_weight, bound in ((pendulum, 0.1, 2.0), (cartpole, 1e-3, 10.0)):
-        starts = large_angles(system, 64)
+def gradients_in_params(system, control_weight, bound, dtype):
+    params = jax.tree.map(lambda a: a.astype(dtype), weighted(system, control_weight))
 
-        def grads(dtype, system=system, weight=control_weight, bound=bound, starts=starts):
-            params = jax.tree.map(lambda a: a.astype(dtype), weighted(system, weight))
+    def one(x_init):
+        inputs = inputs_of(system, params, bound, x_init)
+        inputs = jax.tree.map(lambda a: a.astype(dtype), inputs)
+        grad, solution = jax.grad(value, 1, has_aux=True)(system, inputs)
+        return ravel_pytree(grad["params"])[0], solution
 
-            def one(x_init):
-                inputs = inputs_of(system, params, bound, x_init)
-                inputs = jax.tree.map(lambda a: a.astype(dtype), inputs)
-                grad, solution = jax.grad(value, 1, has_aux=True)(system, inputs)
-                return grad["params"], solution
+    return jax.jit(jax.vmap(one))(large_angles(system, 64).astype(dtype))
 
-            return jax.jit(jax.vmap(one))(starts.astype(dtype))
 
-        low, low_solution = grads(jnp.float32)
-        high, high_solution = grads(jnp.float64)
-        assert low_solution.u.dtype == jnp.float32
-        assert np.all(np.asarray(high_solution.status) == Status.CONVERGED)
-        same = np.all(np.asarray(low_solution.free == high_solution.free), axis=(1, 2))
-        same &= np.asarray(low_solution.status) == Status.CONVERGED
-        # Another local minimum is another problem.
-        same &= np.abs(low_solution.objective - high_solution.objective) < 1e-3
-        assert np.mean(same) > 0.9
-        for i in np.flatnonzero(same):
-            one, true = (ravel_pytree(jax.tree.map(lambda a: a[i], t))[0]
-                         for t in (low, high))  # fmt: skip
-            assert_close(one, true, 1e-3)
+@pytest.mark.parametrize("system, weight, bound", [(pendulum, 0.1, 2.0), (cartpole, 1e-3, 10.0)])
+def test_float32_gradients_are_those_of_float64_where_the_active_set_is_the_same(
+    system, weight, bound
+):
+    low, low_solution = gradients_in_params(system, weight, bound, jnp.float32)
+    high, high_solution = gradients_in_params(system, weight, bound, jnp.float64)
+    assert low_solution.u.dtype == jnp.float32
+    assert np.all(np.asarray(high_solution.status) == Status.CONVERGED)
+    assert np.all(np.asarray(low_solution.status) == Status.CONVERGED)
+    same = np.all(np.asarray(low_solution.free == high_solution.free), axis=(1, 2))
+    # Another local minimum is another problem.
+    same &= np.abs(np.asarray(low_solution.objective - high_solution.objective)) < 1e-3
+    assert np.mean(same) > 0.9
+    for i in np.flatnonzero(same):
+        assert_close(low[i], high[i], 1e-3)
 
 
 def test_options_are_constants_to_the_derivative():

@@ -64,7 +64,7 @@ def default_params(dtype: Any = None) -> Params:
     goal = [0.0, 0.0, 1.0, 0.0, 0.0]
     goal_weights = [0.1, 0.1, 1.0, 1.0, 0.1]
     return Params(
-        Physics(*(jnp.asarray(value, dtype) for value in (9.8, 1.0, 0.1, 0.5))),
+        Physics(*(jnp.asarray(value, dtype or float) for value in (9.8, 1.0, 0.1, 0.5))),
         quadratic.goal_cost(goal, goal_weights, 0.001, m=M, dtype=dtype),
     )
 

@@ -81,13 +81,13 @@ def default_params(dtype: Any = None) -> Params:
 
     The leaves are JAX arrays of the given dtype, by default JAX's default float.
     """
-    physics = Physics(*(jnp.asarray(value, dtype) for value in (10.0, 1.0, 1.0)))
+    physics = Physics(*(jnp.asarray(value, dtype or float) for value in (10.0, 1.0, 1.0)))
     return Params(physics, _default_cost(dtype))
 
 
 def default_damped_params(dtype: Any = None) -> Params:
     """`default_params` with damping 1 1/s and wind 0.1 rad, for `damped_dynamics`."""
-    physics = DampedPhysics(*(jnp.asarray(value, dtype) for value in (10.0, 1.0, 1.0, 1.0, 0.1)))
+    physics = DampedPhysics(*(jnp.asarray(value, dtype or float) for value in (10.0, 1.0, 1.0, 1.0, 0.1)))
     return Params(physics, _default_cost(dtype))
 
 
