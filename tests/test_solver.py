@@ -340,7 +340,6 @@ def test_a_float32_problem_ends_converged_or_with_nothing_left_to_gain(system):
     assert np.mean(status == Status.CONVERGED) > 0.95
 
 
-@pytest.mark.xfail(strict=True, reason="the line search mixes int32 and floats")
 def test_no_dtype_is_promoted_implicitly():
     inputs = inputs_of("pendulum", jnp.float32, count=2)
     with jax.numpy_dtype_promotion("strict"):

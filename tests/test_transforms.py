@@ -100,6 +100,18 @@ def test_changing_a_number_in_the_options_does_not_retrace():
     assert traces == 2
 
 
+def test_the_program_does_not_grow_with_the_horizon():
+    def size(T):
+        def value(g):
+            params = PARAMS._replace(physics=PARAMS.physics._replace(g=g))
+            return mpc_solve(pendulum.cost, pendulum.dynamics, starts(1)[0], jnp.zeros((T, 1)),
+                             params, u_lower=-2.0, u_upper=2.0).objective  # fmt: skip
+
+        return str(jax.make_jaxpr(jax.grad(value))(10.0)).count(" = ")
+
+    assert size(200) == size(20)
+
+
 def test_float32_stays_float32_under_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         params = jax.tree.map(lambda a: a.astype(jnp.float32), PARAMS)
