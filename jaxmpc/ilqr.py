@@ -187,7 +187,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
             previous=select(moves, s.point, s.previous),
             previous_residual=jnp.where(moves, here.residual, s.previous_residual),
             regularization=jnp.where(
-                failed | (back & ~finite) | (settled & ~small),
+                failed | (moves & (search.alpha < 0.2)) | (back & ~finite) | (settled & ~small),
                 raised,
                 jnp.where(moves & ~search.noisy & (search.alpha == 1), lowered, s.regularization),
             ),
@@ -242,7 +242,8 @@ def select(condition, a, b):
 
 
 @jax.custom_vjp
-def _not_differentiable(solution):
+def _not_differentiable(solution: Solution, data: Data) -> Solution:
+    """``solution``, as a function of the data that it came from."""
     return solution
 
 
@@ -253,7 +254,7 @@ def _not_differentiable_bwd(_, cotangent):
     )
 
 
-_not_differentiable.defvjp(lambda solution: (solution, None), _not_differentiable_bwd)
+_not_differentiable.defvjp(lambda solution, data: (solution, None), _not_differentiable_bwd)
 
 
 def ilqr_box(
@@ -297,4 +298,4 @@ def ilqr_box(
     solution, _ = jax.jit(lambda data, options: forward(model, data, options))(
         lax.stop_gradient(data), options
     )
-    return _not_differentiable(solution)
+    return _not_differentiable(solution, data)

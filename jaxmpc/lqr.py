@@ -238,6 +238,8 @@ def _attach_gains(gains, C, F, C_final, free, rhs):
 
 
 def _attach_gains_fwd(gains, C, F, C_final, free, rhs):
+    # The gains were computed from constants: only through this function do they move.
+    gains = _attach_gains(gains, C, F, C_final, free, rhs)
     return gains, (C, F, C_final, free, rhs)
 
 

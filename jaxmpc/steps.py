@@ -193,28 +193,28 @@ def along_negative_curvature(point, H, F, factors, held, lower, upper) -> Step:
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
     # The longest step that keeps every control within its width.
     length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
-    target = point.u.at[last].add(length * direction)
+    target = point.u.at[last].add(jnp.where(direction == 0, 0, length * direction))
     K = jnp.where((jnp.arange(T) > last)[:, None, None], factors.K, 0)
     zero = jnp.zeros((), F.dtype)
     return Step(target, K, zero, zero)
 
 
 def _negative_direction(Q, free):
-    """d with dᵀQd equal to the first pivot of Q (on the free controls) that is not positive."""
+    """A direction of negative curvature of Q on the free controls, where there is one.
+
+    That of the smallest eigenvalue, by powers of c − Q with c above the largest, from a start with
+    no symmetry. The matrix is small and squared in place: no LAPACK call.
+    """
     m = free.shape[0]
-    A = jnp.where(free[:, None] & free[None, :], Q, jnp.eye(m, dtype=Q.dtype))
-    threshold = definite_threshold(Q.dtype) * jnp.max(jnp.abs(A))
-    unit = jnp.eye(m, dtype=Q.dtype)
+    both = free[:, None] & free[None, :]
+    bound = jnp.max(jnp.sum(jnp.where(both, jnp.abs(Q), 0), axis=1))
+    bound = jnp.where(bound > 0, bound, 1)
+    power = jnp.where(both, bound * jnp.eye(m, dtype=Q.dtype) - Q, 0)
 
-    def eliminate(k, carry):
-        # L⁻¹ of the rows so far: row k of `rows` is e_k made A-orthogonal to the rows before it.
-        rows, direction, found = carry
-        pivots = jnp.einsum("ki,ij,kj->k", rows, A, rows)
-        weights = jnp.where(jnp.arange(m) < k, (rows @ A)[:, k] / pivots, 0)
-        row = unit[k] - weights @ rows
-        here = ~found & ~(row @ A @ row > threshold)
-        return rows.at[k].set(row), jnp.where(here, row, direction), found | here
+    def square(_, power):
+        power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(Q.dtype).tiny)
+        return power @ power
 
-    # Without a bad pivot (other problems of a batch) any direction will do.
-    _, direction, _ = lax.fori_loop(0, m, eliminate, (unit, unit[0], jnp.array(False)))
-    return jnp.where(free, direction, 0)
+    power = lax.fori_loop(0, 10, square, power)
+    direction = power @ jnp.cos(jnp.arange(m, dtype=Q.dtype))
+    return direction / jnp.maximum(jnp.max(jnp.abs(direction)), jnp.finfo(Q.dtype).tiny)

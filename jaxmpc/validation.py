@@ -167,7 +167,7 @@ def check_options(options: Any) -> None:
             raise ValueError(f"options.{name} must be one of {choices}, got {value!r}")
     checks = dict(
         tolerance=("positive", lambda v: v > 0),
-        max_iterations=("a non-negative integer", lambda v: v >= 0 and v == int(v)),
+        max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),
         regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
         line_search_decay=("between 0 and 1, both excluded", lambda v: 0 < v < 1),
     )

@@ -208,15 +208,7 @@ def test_only_the_symmetric_part_of_the_cost_counts():
     assert_close(solve(problem, free), solve(same, free), 1e-14)
 
 
-GAINS = pytest.param(
-    ("K", "k"),
-    marks=pytest.mark.xfail(
-        strict=True, reason="second derivatives take K and k in the loss for constants"
-    ),
-)
-
-
-@pytest.mark.parametrize("fields", [("x", "u", "costate"), GAINS], ids=str)
+@pytest.mark.parametrize("fields", [("x", "u", "costate"), ("K", "k")], ids=str)
 def test_second_derivatives_are_the_differences_of_the_gradient(fields):
     problem, free = random_problem(2, 1, 3)
 

@@ -449,7 +449,6 @@ def test_a_minimum_without_curvature_is_degenerate():
     assert solution.status == Status.INDEFINITE
 
 
-@pytest.mark.xfail(strict=True, reason="negative curvature is sought along the axes first")
 def test_it_leaves_a_saddle_whose_diagonal_has_no_sign():
     def cost(x, u, t, params):
         return u[0] * u[1] + 0.1 * jnp.sum(u**4)
@@ -519,7 +518,6 @@ def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
     assert not np.any(solution.free[equal])
 
 
-@pytest.mark.xfail(strict=True, reason="short steps approach a bound without ever reaching it")
 def test_a_control_that_creeps_up_to_its_bound_gets_there():
     solution = solve(NETWORK, network_inputs(4, 3, 6))
     assert np.all(solution.status == Status.CONVERGED)

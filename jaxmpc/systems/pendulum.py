@@ -87,7 +87,9 @@ def default_params(dtype: Any = None) -> Params:
 
 def default_damped_params(dtype: Any = None) -> Params:
     """`default_params` with damping 1 1/s and wind 0.1 rad, for `damped_dynamics`."""
-    physics = DampedPhysics(*(jnp.asarray(value, dtype or float) for value in (10.0, 1.0, 1.0, 1.0, 0.1)))
+    physics = DampedPhysics(
+        *(jnp.asarray(value, dtype or float) for value in (10.0, 1.0, 1.0, 1.0, 0.1))
+    )
     return Params(physics, _default_cost(dtype))
 
 
