@@ -7,7 +7,7 @@ from jaxmpc.types import Solution, Status
 
 _ADVICE = {
     Status.MAX_ITERATIONS: "raise Options.max_iterations, or start from a better u_init",
-    Status.STALLED: "check that cost and dynamics are smooth, and their scale for this dtype",
+    Status.STALLED: "rounding, or cost or dynamics with kinks: try float64, or a shorter horizon",
     Status.NONFINITE: "the rollout of u_init, or a derivative along it, is NaN or infinite",
     Status.INDEFINITE: "a saddle, or a control that the cost does not see: no implicit gradient",
     Status.INFEASIBLE: "u_lower > u_upper",
@@ -68,7 +68,7 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
     if total > 1:
         # lexsort: the last key counts most; NaN residuals sort as the largest.
         order = np.lexsort((-residual, -iterations, status == Status.CONVERGED))
-        lines.append("  look at")
+        lines.append("  slowest" if np.all(status == Status.CONVERGED) else "  look at")
         for i in order[:show]:
             lines.append(
                 f"    {name(i)}: {Status(int(status[i])).name} after {iterations[i]} iterations, "

@@ -19,11 +19,11 @@ from jaxmpc.problem import Data, Model
 from jaxmpc.steps import (
     Iterate,
     Step,
-    along_negative_curvature,
     backward_pass,
     definite_threshold,
     iterate,
     line_search,
+    negative_direction,
     rounding,
 )
 from jaxmpc.types import Options, Solution, Status
@@ -119,53 +119,29 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
 
     def trip(s: _Search) -> _Search:
         here = assess(model, data, s.point)
-        first, second, held, finite = here.first, here.second, here.held, here.finite
-        u = s.point.u
+        finite = here.finite
         small = finite & (here.relative <= tolerance)
         out_of_time = s.iterations >= options.max_iterations
         moved = s.iterations > 0
+        there = small & (here.relative <= goal)
         # A step that changed the objective by rounding only has to halve the residual, or there is
         # nothing more to gain on this way; it has to lower it at all to be kept.
         settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
-        worse = s.noisy & ~(here.residual < s.previous_residual)
+        worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
         back = moved & ~s.finish & (~finite | worse)
 
         # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-        certify = small & (settled | (here.relative <= goal)) | s.finish | out_of_time
-        low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
-        high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
-        exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
-        regularization = jnp.where(certify, 0, s.regularization)
-        # Both Hessians side by side: second-order steps where they are safe, else iLQR's.
-        # One after the other in a loop, which compiles the recursion only once.
-        passes = lax.map(
-            lambda hessian: backward_pass(
-                hessian, first.F, first.c, second.C_final, first.c_final,
-                low, high, held, regularization, certify,
-            ),
-            jnp.stack([exact, second.C]),
-        )  # fmt: skip
-        factors = jax.tree.map(lambda a: a[0], passes[2])
+        certify = there | (small & settled) | s.finish | out_of_time
+        step, factors = propose(data, s.point, here, options, s.regularization, certify)
         definite = jnp.all(factors.curvature > definite_threshold(dtype))
-        d, free, used, slope, bend = select(
-            certify | definite,
-            jax.tree.map(lambda a: a[0], passes),
-            jax.tree.map(lambda a: a[1], passes),
-        )
-        bound = jnp.where(d <= lower - u, lower, upper)
-        target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
         escape = certify & small & ~definite
-        step = select(
-            escape,
-            along_negative_curvature(s.point, second.H, first.F, factors, held, lower, upper),
-            Step(target, used.K, slope, bend),
-        )
+        step = select(escape, along_negative_curvature(data, s.point, here, factors), step)
 
         converged = certify & small & definite
         stuck = certify & ~small
         stop = ~finite | back | converged | stuck | out_of_time
         new, search = line_search(
-            model, data, s.point, step, escape, ~stop, rounding(s.point, first.costate), decay
+            model, data, s.point, step, escape, ~stop, rounding(s.point, here.first.costate), decay
         )
         moves = ~stop & search.accepted
         failed = ~stop & ~search.accepted
@@ -183,7 +159,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         status = jnp.select(list(ends.values()), list(ends), _RUNNING)
         return _Search(
             point=select(back, s.previous, select(moves, new, s.point)),
-            evaluation=Evaluation(first.costate, factors, ~held, here.kkt_residual),
+            evaluation=Evaluation(here.first.costate, factors, ~here.held, here.kkt_residual),
             previous=select(moves, s.point, s.previous),
             previous_residual=jnp.where(moves, here.residual, s.previous_residual),
             regularization=jnp.where(
@@ -235,6 +211,63 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         status=end.status,
     )
     return solution, factors
+
+
+def propose(
+    data: Data,
+    point: Iterate,
+    here: Assessment,
+    options: Options,
+    regularization: Array,
+    certify: Array,
+) -> tuple[Step, Factors]:
+    """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
+
+    With ``certify`` nothing is regularized, the active set is that of the point, and the factors
+    are those of its exact KKT matrix; in any case they are those with the exact Hessian.
+    """
+    first, second, held = here.first, here.second, here.held
+    u, lower, upper = point.u, data.u_lower, data.u_upper
+    low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
+    high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
+    exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
+    # One after the other in a loop, which compiles the recursion only once.
+    passes = lax.map(
+        lambda hessian: backward_pass(
+            hessian, first.F, first.c, second.C_final, first.c_final,
+            low, high, held, jnp.where(certify, 0, regularization), certify,
+        ),
+        jnp.stack([exact, second.C]),
+    )  # fmt: skip
+    with_exact, with_cost = (jax.tree.map(lambda a, i=i: a[i], passes) for i in (0, 1))
+    factors = with_exact[2]
+    definite = jnp.all(factors.curvature > definite_threshold(u.dtype))
+    d, free, used, slope, bend = select(certify | definite, with_exact, with_cost)
+    bound = jnp.where(d <= lower - u, lower, upper)
+    target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
+    return Step(target, used.K, slope, bend), factors
+
+
+def along_negative_curvature(
+    data: Data, point: Iterate, here: Assessment, factors: Factors
+) -> Step:
+    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
+    direction of negative curvature, with the later stages answering by their feedback."""
+    T = point.u.shape[0]
+    n = point.x.shape[1]
+    bad = ~(factors.curvature > definite_threshold(point.u.dtype))
+    last = T - 1 - jnp.argmax(bad[::-1])
+    B, V = here.first.F[last, :, n:], factors.V[last + 1]
+    Quu = here.second.H[last, n:, n:] + B.T @ V @ B
+    direction = negative_direction(Quu, ~here.held[last])
+    u, lower, upper = point.u[last], data.u_lower[last], data.u_upper[last]
+    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
+    # The longest step that keeps every control within its width.
+    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
+    target = point.u.at[last].add(jnp.where(direction == 0, 0, length * direction))
+    K = jnp.where((jnp.arange(T) > last)[:, None, None], factors.K, 0)
+    zero = jnp.zeros((), point.u.dtype)
+    return Step(target, K, zero, zero)
 
 
 def select(condition, a, b):

@@ -59,14 +59,15 @@ def mpc_solve(
         subject to        x_0 = x_init,  x_{t+1} = dynamics(x_t, u_t, t, params),
                           u_lower ≤ u_t ≤ u_upper
 
-    One problem, no batch axis: batch with ``jax.vmap``, compile with ``jax.jit``.
+    One problem, no batch axis: batch with ``jax.vmap``. Call it under ``jax.jit``: outside of one,
+    every call compiles anew, which takes seconds.
 
     Args:
       cost: (x [n], u [m], t, params) -> scalar, twice differentiable; t is an int32 scalar.
       dynamics: (x [n], u [m], t, params) -> the next state [n], twice differentiable.
       x_init: [n].
-      u_init: [T, m], where the search starts; clipped into the bounds. Problems with several
-        minima may end in the one nearby.
+      u_init: [T, m], where the search starts, clipped into the bounds; its length is the horizon.
+        Of several local minima the search finds one nearby: warm-start, or try several starts.
       params: any pytree of arrays and numbers, given to all functions: physical constants, a
         network's weights, a reference trajectory that they index by t. The functions may close
         over traced values too.
@@ -84,7 +85,8 @@ def mpc_solve(
     solution by the implicit function theorem, ``objective`` by the envelope theorem, ``K`` that of
     its recursion; ``kkt_residual`` counts as a constant. The gradient in u_init and in options is
     zero. With ``Options.unconverged="zero"``, the default, so is every gradient of a problem whose
-    status is not CONVERGED: log the share that converged.
+    status is not CONVERGED: log the share that converged, and mask those that are NONFINITE in
+    the loss itself, whose values are NaN.
 
     The user's functions are differentiated twice and in forward mode: inside them,
     ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.

@@ -180,26 +180,7 @@ def rounding(point: Iterate, costate: Array) -> Array:
     return eps * (4 * jnp.sum(jnp.abs(point.costs)) + jnp.sum(jnp.abs(costate * point.x)))
 
 
-def along_negative_curvature(point, H, F, factors, held, lower, upper) -> Step:
-    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
-    direction of negative curvature, with the later stages answering by their feedback."""
-    T, m = point.u.shape
-    n = point.x.shape[1]
-    bad = ~(factors.curvature > definite_threshold(F.dtype))
-    last = T - 1 - jnp.argmax(bad[::-1])
-    B, V = F[last, :, n:], factors.V[last + 1]
-    direction = _negative_direction(H[last, n:, n:] + B.T @ V @ B, ~held[last])
-    u, lower, upper = point.u[last], lower[last], upper[last]
-    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
-    # The longest step that keeps every control within its width.
-    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
-    target = point.u.at[last].add(jnp.where(direction == 0, 0, length * direction))
-    K = jnp.where((jnp.arange(T) > last)[:, None, None], factors.K, 0)
-    zero = jnp.zeros((), F.dtype)
-    return Step(target, K, zero, zero)
-
-
-def _negative_direction(Q, free):
+def negative_direction(Q, free):
     """A direction of negative curvature of Q on the free controls, where there is one.
 
     That of the smallest eigenvalue, by powers of c − Q with c above the largest, from a start with
