@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv demo peers test slow lint clean
+.PHONY: help .venv demo peers gradients test slow lint clean
 .NOTPARALLEL:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make peers   the environment .venv-peers with what the benchmarks compare against"
 	@echo "make test    the tests"
 	@echo "make slow    the tests that take longer"
+	@echo "make gradients  the gradients beside those of the reference implementation"
 	@echo "make lint    style, formatting and types"
 	@echo "make clean   remove the environment and whatever was built"
 
