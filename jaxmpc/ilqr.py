@@ -260,8 +260,11 @@ def along_negative_curvature(
     B, V = here.first.F[last, :, n:], factors.V[last + 1]
     Quu = here.second.H[last, n:, n:] + B.T @ V @ B
     direction = negative_direction(Quu, ~here.held[last])
-    u, lower, upper = point.u[last], data.u_lower[last], data.u_upper[last]
-    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
+    lower, upper = data.u_lower[last], data.u_upper[last]
+    # Without bounds, the length at which the curvature would have used up the objective.
+    curvature = jnp.maximum(-direction @ Quu @ direction, jnp.finfo(point.u.dtype).tiny)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(point.costs)) / curvature)
+    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.
     length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
     target = point.u.at[last].add(jnp.where(direction == 0, 0, length * direction))

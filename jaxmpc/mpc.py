@@ -141,10 +141,9 @@ def _with_derivatives(
     policy = used, jnp.asarray(blank, solution.u.dtype)
 
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
-    # differentiate at, another one has to stand in. Ones: zeros are a trap for atan2 and norms.
+    # differentiate at, another one has to stand in.
     point = Point(solution.x, solution.u, solution.costate)
-    safe = jax.tree.map(lambda a: jnp.where(solved, a, 1), point)
-    theta = jax.tree.map(lambda leaf: _ones_unless(solved, leaf), data.theta)
+    safe, theta = _stand_in(solved, (point, data.theta))
     free = solution.free
 
     held = _constant(theta)
@@ -163,7 +162,7 @@ def _with_derivatives(
     x, u, costate = _attach(point, residual, gap, factors, matrices, free, policy)
     lagrangian = _lagrangian(model, theta, data.x_init, safe)
     objective = _attach_value(solution.objective, lagrangian, gap, multiplier, policy)
-    moving = jax.tree.map(lambda a: jnp.where(solved, a, 1), Point(x, u, costate))
+    moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), Point(x, u, costate), safe)
     K = _attach_gains(model)(solution.K, moving, theta, free, policy)
     return dataclasses.replace(solution, x=x, u=u, costate=costate, objective=objective, K=K)
 
@@ -303,32 +302,58 @@ def _zeros_unless(used: Array, tree):
 
 
 @jax.custom_jvp
-def _ones_unless(solved: Array, leaf: Array) -> Array:
-    """``leaf``, or ones for a problem that has no solution, to first order the identity.
-
-    Under ``vmap`` only what each problem has of its own is replaced: what the batch shares is
-    either fine or no problem has a solution, and a copy per problem would not fit into memory.
-    """
-    return _replace(solved, leaf)
+def _stand_in(solved: Array, tree):
+    """``tree``, but for a problem without a solution that of one in its batch that has one: any
+    constant is singular for somebody's cost. To first order the identity."""
+    return _borrow(solved, tree)
 
 
-@_ones_unless.defjvp
-def _ones_unless_jvp(primals, tangents):
-    return _ones_unless(*primals), tangents[1]
+@_stand_in.defjvp
+def _stand_in_jvp(primals, tangents):
+    solved, tree = primals
+    some = _anywhere(solved)
+
+    def mask(tangent):  # Where no problem has a solution, nothing has a derivative.
+        return tangent if tangent.dtype == jax.dtypes.float0 else jnp.where(some, tangent, 0)
+
+    return _stand_in(solved, tree), jax.tree.map(mask, tangents[1])
 
 
 @custom_vmap
-def _replace(solved, leaf):
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-        return leaf
-    solved = solved.reshape(solved.shape + (1,) * (leaf.ndim - solved.ndim))
-    return jnp.where(solved, leaf, jnp.ones_like(leaf))
+def _borrow(solved, tree):
+    """Ones where there is nobody to borrow from; under ``vmap``, what each problem has of its own
+    is replaced. What the batch shares stays shared: a copy per problem would not fit into memory.
+    """
+
+    def one(leaf):
+        inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        return jnp.where(solved, leaf, jnp.ones_like(leaf)) if inexact else leaf
+
+    return jax.tree.map(one, tree)
 
 
-@_replace.def_vmap
-def _replace_batched(size, batched, solved, leaf):
-    solved_batched, leaf_batched = batched
-    if leaf_batched:
-        return _replace.fun(solved, leaf), True
-    # Shared here; an outer batch may still own it.
-    return _replace(jnp.any(solved, axis=0) if solved_batched else solved, leaf), False
+@_borrow.def_vmap
+def _borrow_batched(size, batched, solved, tree):
+    solved_batched, tree_batched = batched
+    solved = solved if solved_batched else jnp.broadcast_to(solved, size)
+    donor = jnp.argmax(solved)
+    lent = jax.tree.map(lambda a, own: a[donor] if own else a, tree, tree_batched)
+    lent = _borrow(jnp.any(solved), lent)  # an outer batch may have somebody
+
+    def one(leaf, lent, own):
+        if not own:
+            return lent
+        return jnp.where(solved.reshape(size, *[1] * (leaf.ndim - 1)), leaf, lent)
+
+    return jax.tree.map(one, tree, lent, tree_batched), tree_batched
+
+
+@custom_vmap
+def _anywhere(solved):
+    """Whether any problem of the batch has a solution: one value for all of it."""
+    return solved
+
+
+@_anywhere.def_vmap
+def _anywhere_batched(size, batched, solved):
+    return _anywhere(jnp.any(solved)), False

@@ -103,6 +103,65 @@ def test_a_bad_problem_that_the_loss_does_count_gives_no_gradient():
     assert np.all(np.asarray(jacobian)[GOOD] != 0)
 
 
+SINGULAR_SOMEWHERE = {
+    "log at 1": lambda x: -jnp.log(1 - x[0] ** 2) + x[1] ** 2,
+    "distance at 0": lambda x: 1 / (0.1 + jnp.linalg.norm(x)) + x[0] ** 2,
+    "distance between": lambda x: 1 / (0.1 + jnp.sqrt((x[0] - x[1]) ** 2)) + x @ x,
+    "angle": lambda x: jnp.arctan2(x[0] - x[1], x[0] - 1) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR_SOMEWHERE)
+def test_no_function_is_singular_where_a_bad_problem_is_differentiated(name):
+    """Nor does it matter that the problems read a shared table with a bad row."""
+    table = jnp.array([[0.5, 0.1], [0.3, -0.4], [jnp.nan, 1.0]])
+
+    def cost(x, u, t, p):
+        return p["w"] * SINGULAR_SOMEWHERE[name](x) + u @ u + jnp.sum((x - table[p["i"]]) ** 2)
+
+    @jax.jit
+    def run(x_init, rows, counts):
+        def total(w):
+            def one(x, i):
+                return mpc_solve(cost, lambda x, u, t, p: x + 0.1 * u, x, jnp.zeros((3, 2)),
+                                 {"w": w, "i": i})  # fmt: skip
+
+            s = jax.vmap(one)(x_init, rows)
+            return jnp.sum(jnp.where(counts[:, None, None], jnp.sin(s.u), 0)), s.status
+
+        return jax.grad(total, has_aux=True)(0.3)
+
+    x_init, rows = jnp.array([[0.5, 0.2], [-0.3, 0.1], [0.1, 0.4]]), jnp.array([0, 1, 0])
+    counts = np.array([True, True, False])
+    want, status = run(x_init, rows, counts)
+    assert np.all(np.asarray(status)[:2] == Status.CONVERGED)
+    assert abs(float(want)) > 1e-4
+    for bad in (
+        run(x_init.at[2].set(jnp.nan), rows, counts),
+        run(x_init, rows.at[2].set(2), counts),
+    ):
+        assert int(bad[1][2]) == Status.NONFINITE
+        assert_close(bad[0], want, 1e-12)
+    # Nobody to borrow from: every gradient is zero.
+    grad, status = run(x_init * jnp.nan, rows, counts)
+    assert np.all(np.asarray(status) == Status.NONFINITE)
+    assert float(grad) == 0
+
+
+def test_a_bad_problem_alone_has_a_zero_gradient():
+    def run(w, x):
+        def cost(x, u, t, w):
+            return w * jnp.sum(jnp.log(1 - x)) ** 2 + u @ u
+
+        s = mpc_solve(cost, lambda x, u, t, w: x + 0.1 * u, x, jnp.zeros((3, 2)), w)
+        return jnp.sum(s.u)
+
+    assert jax.grad(run)(1.0, jnp.full(2, jnp.nan)) == 0
+    per_problem = jax.jit(jax.grad(lambda w, xs: jnp.sum(jax.lax.map(lambda x: run(w, x), xs))))
+    x_init = jnp.array([[0.1, 0.2], [jnp.nan, 0.0]])
+    assert_close(per_problem(1.0, x_init), per_problem(1.0, x_init[:1]), 1e-12)
+
+
 def test_a_nan_in_a_problems_own_parameters_stays_there():
     params = weighted()
 
