@@ -14,7 +14,8 @@ class Status(enum.IntEnum):
 
     * ``CONVERGED``: ``kkt_residual`` ≤ tolerance · max(1, |∇_u cost|_∞, |B_tᵀ λ_{t+1}|_∞), the
       terms that cancel at a solution, and the curvature on the free controls is positive: a
-      strict local minimum.
+      strict local minimum. (Where these terms are far below 1 the test is absolute: give such a
+      cost a larger unit.)
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, yet the residual is above the tolerance.
     * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
