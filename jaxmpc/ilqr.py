@@ -264,6 +264,7 @@ def along_negative_curvature(
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = jnp.maximum(-direction @ Quu @ direction, jnp.finfo(point.u.dtype).tiny)
     natural = jnp.sqrt(jnp.sum(jnp.abs(point.costs)) / curvature)
+    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(point.u[last])))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.
     length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))

@@ -163,7 +163,8 @@ def line_search(
         new = apply(model, data, point, step, alpha)
         change = jnp.sum(new.costs - point.costs)
         predicted = alpha * step.slope + alpha**2 * step.bend
-        falls = change <= jnp.where(escape, -noise, _SUFFICIENT * jnp.minimum(predicted, 0))
+        enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
+        falls = jnp.where(escape, change < -noise, enough)
         noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
         return new, Search(falls | noisy, alpha, noisy, hopeless), tries + 1
 
