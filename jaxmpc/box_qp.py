@@ -22,7 +22,7 @@ def box_qp(Q, q, lower, upper, scale):
     clamped), and free [m]: False where d is at a bound that −(Qd + q) points out of, or where the
     bounds are equal. A clamped entry of d equals its bound exactly.
 
-    All arguments are arrays, or for one control object arrays of scalars (``entrywise``).
+    All arguments are arrays, or all are object arrays of scalars (``entrywise``).
     """
     m = q.shape[0]
     if m == 1:

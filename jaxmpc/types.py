@@ -19,7 +19,7 @@ class Status(enum.IntEnum):
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, yet the residual is above the tolerance.
     * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
-      rollout of ``u_init`` (or on an iterate).
+      rollout of ``u_init``.
     * ``INDEFINITE``: the first-order conditions hold, but the curvature on the free controls is
       not positive: a saddle or a degenerate minimum, where the implicit gradient does not exist.
     * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere.

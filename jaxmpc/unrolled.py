@@ -59,7 +59,7 @@ def ilqr_unrolled(
       (others): as in ``mpc_solve``.
 
     Returns:
-      A ``Solution``; every floating field is differentiable, in reverse and in forward mode. The
+      A ``Solution``; every floating field is differentiable in reverse mode. The
       status is that of the last point: CONVERGED or INDEFINITE where ``mpc_solve`` would say so,
       NONFINITE, INFEASIBLE, or else MAX_ITERATIONS.
 
