@@ -1,0 +1,114 @@
+"""What every study measures: compile time apart from run time, medians with their spread, and in
+the same row how good the result is, so that a fast wrong answer cannot win."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import report
+from jaxmpc import Status
+
+
+def pin(threads: int) -> None:
+    """Keep this process on so many CPUs; before JAX's first computation, which sizes its pools."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def setting() -> dict[str, Any]:
+    """Where and with what this process measures."""
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else ""
+    return dict(
+        device=f"{device.device_kind} {kind}".strip(),
+        threads=len(os.sched_getaffinity(0)),
+        versions=report.versions("jaxmpc", "jax", "jaxlib", "numpy"),
+    )
+
+
+def compiled(fn: Callable, *args) -> tuple[Callable, dict[str, float]]:
+    """``fn`` compiled for ``args``, and how long that took."""
+    start = time.perf_counter()
+    lowered = jax.jit(fn).lower(*args)
+    middle = time.perf_counter()
+    executable = lowered.compile()
+    end = time.perf_counter()
+    return executable, dict(trace_s=middle - start, compile_s=end - middle)
+
+
+def run_times(
+    contenders: dict[str, Callable[[], Any]], *, repeats: int = 7, at_least_s: float = 0.05
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender, taken in turn so that all meet the same noise.
+
+    A call that is short is repeated until ``at_least_s`` have passed, and the mean counts.
+    """
+    numbers = {}
+    for name, call in contenders.items():
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        once = time.perf_counter() - start
+        numbers[name] = max(1, int(np.ceil(at_least_s / max(once, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            for _ in range(numbers[name]):
+                result = call()
+            jax.block_until_ready(result)
+            times[name].append((time.perf_counter() - start) / numbers[name])
+    return times
+
+
+def spread(times: list[float]) -> dict[str, Any]:
+    """The median of the times, with their minimum and maximum."""
+    return dict(
+        median_s=float(np.median(times)),
+        min_s=float(np.min(times)),
+        max_s=float(np.max(times)),
+        repeats=len(times),
+    )
+
+
+def outcome(status, iterations) -> dict[str, Any]:
+    """The share of each status in a batch (by name), and the iterations."""
+    names, counts = np.unique(np.asarray(status).ravel(), return_counts=True)
+    iterations = np.asarray(iterations)
+    return dict(
+        status={Status(int(s)).name: float(c / counts.sum()) for s, c in zip(names, counts)},
+        iterations_mean=float(iterations.mean()),
+        iterations_max=int(iterations.max()),
+    )
+
+
+def judged(cost, dynamics, params, x_init, u, lower, upper, terminal_cost=None) -> dict[str, float]:
+    """The objective and the KKT residual of the controls u [batch, T, m], whoever made them.
+
+    In float64, by plain autodiff of the rolled-out objective: shares no code with any solver.
+    """
+
+    def objective(u, x_init):
+        def step(x, data):
+            u, t = data
+            return dynamics(x, u, t, params), cost(x, u, t, params)
+
+        x_final, costs = jax.lax.scan(step, x_init, (u, jnp.arange(u.shape[0])))
+        final = 0.0 if terminal_cost is None else terminal_cost(x_final, params)
+        return jnp.sum(costs) + final
+
+    with jax.enable_x64(True):
+        as64 = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)  # noqa: E731
+        params, x_init, u, lower, upper = map(as64, (params, x_init, u, lower, upper))
+        values, slopes = jax.jit(jax.vmap(jax.value_and_grad(objective)))(u, x_init)
+        residual = jnp.max(jnp.abs(jnp.clip(u - slopes, lower, upper) - u), axis=(1, 2))
+        return dict(
+            objective_mean=float(jnp.mean(values)),
+            kkt_residual_worst=float(jnp.max(residual)),
+            kkt_residual_median=float(jnp.median(residual)),
+        )
