@@ -5,10 +5,11 @@
 by projected Newton (Tassa, Mansard and Todorov 2014, section IV), in closed form for one control.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmpc import entrywise
+from jaxmpc import lanes
 from jaxmpc.lqr import masked_inverse
 
 _ARMIJO = 0.1
@@ -16,30 +17,23 @@ _MAX_BACKTRACKS = 20
 
 
 def box_qp(Q, q, lower, upper, scale):
-    """Solve one box QP with Q [m,m] positive definite and 0 within the bounds.
+    """Solve one box QP with Q [m,m] positive definite and 0 within the bounds; or one per lane.
 
     Returns the minimiser d [m], and Quu_inv [m,m], the inverse of Q on the free controls (0 on the
     clamped), and free [m]: False where d is at a bound that −(Qd + q) points out of, or where the
     bounds are equal. A clamped entry of d equals its bound exactly.
-
-    All arguments are arrays, or all are object arrays of scalars (``entrywise``).
     """
-    m = q.shape[0]
-    if m == 1:
+    if q.shape[0] == 1:
         return _box_qp_1(Q, q, lower, upper, scale)
-    if entrywise.is_entrywise(q):
-        Q, q, lower, upper, scale = map(entrywise.join, (Q, q, lower, upper, scale))
-        return tuple(entrywise.split(a, 0) for a in _projected_newton(Q, q, lower, upper, scale))
     return _projected_newton(Q, q, lower, upper, scale)
 
 
 def _box_qp_1(Q, q, lower, upper, scale):
-    fixed = entrywise.elementwise(jnp.equal, lower, upper)
     newton = -q / Q[0]
-    low = entrywise.elementwise(jnp.less, newton, lower) | fixed
-    high = entrywise.elementwise(jnp.greater, newton, upper)
+    low = (newton < lower) | (lower == upper)
+    high = newton > upper
     free = ~(low | high)
-    d = entrywise.where(low, lower, entrywise.where(high, upper, newton))
+    d = jnp.where(low, lower, jnp.where(high, upper, newton))
     inverse, _ = masked_inverse(Q, free, scale)
     return d, inverse, free
 
@@ -53,17 +47,17 @@ def _projected_newton(Q, q, lower, upper, scale):
     m = q.shape[0]
 
     def objective(d):
-        return d @ (0.5 * (Q @ d) + q)
+        return lanes.dot(d, 0.5 * lanes.matvec(Q, d) + q)
 
     def newton_step(d):
-        gradient = Q @ d + q
+        gradient = lanes.matvec(Q, d) + q
         free = ~clamped(gradient, d, lower, upper)
         inverse, _ = masked_inverse(Q, free, scale)
         # The minimiser over the free entries with the clamped ones held where they are.
-        target = jnp.where(free, d - inverse @ gradient, d)
+        target = jnp.where(free, d - lanes.matvec(inverse, gradient), d)
         return target, inverse, free, gradient
 
-    def search(d, target, gradient):
+    def search(d, target, gradient, wanted):
         value = objective(d)
 
         def project(step):
@@ -72,33 +66,42 @@ def _projected_newton(Q, q, lower, upper, scale):
 
         def fails(step):
             trial = project(step)
-            decrease = gradient @ (d - trial)
+            decrease = lanes.dot(gradient, d - trial)
             return ~(value - objective(trial) >= _ARMIJO * decrease)
 
         def cond(carry):
-            step, tries = carry
-            return (tries < _MAX_BACKTRACKS) & fails(step)
+            _, tries, failed = carry
+            return (tries < _MAX_BACKTRACKS) & jnp.any(failed)
 
-        one = jnp.ones((), q.dtype)
-        step, _ = lax.while_loop(cond, lambda c: (c[0] * 0.5, c[1] + 1), (one, 0))
+        def body(carry):
+            step, tries, failed = carry
+            step = jnp.where(failed, step * 0.5, step)
+            return step, tries + 1, failed & fails(step)
+
+        one = jnp.ones(q.shape[1:], q.dtype)
+        step, *_ = lax.while_loop(cond, body, (one, 0, wanted & fails(one)))
         return project(step)
 
     def cond(carry):
         *_, done, iteration = carry
-        return ~done & (iteration < 10 * m)
+        return ~jnp.all(done) & (iteration < 10 * m)
 
     def body(carry):
-        d, *_, iteration = carry
+        *before, done, iteration = carry
+        d = before[0]
         target, inverse, free, gradient = newton_step(d)
-        inside = jnp.all((target >= lower) & (target <= upper))
-        trial = jnp.where(inside, target, search(d, target, gradient))
+        inside = jnp.all((target >= lower) & (target <= upper), axis=0)
+        trial = jnp.where(inside, target, search(d, target, gradient, ~inside & ~done))
         # A full step inside the box is the minimiser of its free set; it is that of the box when
         # the free set of the new point is the same.
-        same = jnp.all(clamped(Q @ trial + q, trial, lower, upper) == ~free)
-        done = (inside & same) | jnp.all(trial == d)
-        return trial, inverse, free, done, iteration + 1
+        same = jnp.all(clamped(lanes.matvec(Q, trial) + q, trial, lower, upper) == ~free, axis=0)
+        ended = (inside & same) | jnp.all((trial == d) | jnp.isnan(trial), axis=0)
+        after = trial, inverse, free
+        kept = jax.tree.map(lambda a, b: jnp.where(done, a, b), tuple(before), after)
+        return *kept, done | ended, iteration + 1
 
     start = jnp.clip(jnp.zeros_like(q), lower, upper)
-    init = (start, jnp.zeros_like(Q), jnp.zeros(m, bool), jnp.array(False), 0)
+    no = jnp.zeros(q.shape[1:], bool)
+    init = (start, jnp.zeros_like(Q), jnp.zeros(q.shape, bool), no, 0)
     d, inverse, free, _, _ = lax.while_loop(cond, body, init)
     return d, inverse, free

@@ -4,6 +4,7 @@ Every trip of the loop first evaluates the current point, and stops there or mov
 solution reports was computed at the very point that it returns.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, validation
+from jaxmpc import lanes, problem, validation
+from jaxmpc.batching import batchwise
 from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import FirstOrder, SecondOrder, first_order, second_order
 from jaxmpc.lqr import Factors
@@ -25,6 +27,7 @@ from jaxmpc.steps import (
     line_search,
     negative_direction,
     rounding,
+    select,
 )
 from jaxmpc.types import Options, Solution, Status
 
@@ -77,20 +80,27 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
-    residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)))
+    residual = lanes.largest(jnp.where(held, 0, jnp.abs(gradient)), 2)
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
-    finite = jnp.all(
-        jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves((point, first, second))])
-    )
+    finite = all_finite((point, first, second), residual.ndim)
     return Assessment(
         first=first,
         second=second,
         held=held,
-        kkt_residual=jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u)),
+        kkt_residual=lanes.largest(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), 2),
         residual=residual,
-        relative=residual / jnp.maximum(1, jnp.max(terms)),
+        relative=residual / jnp.maximum(1, lanes.largest(terms, 2)),
         finite=finite,
     )
+
+
+def all_finite(tree, batch_axes: int) -> Array:
+    """Per problem, whether all of its entries are finite."""
+    leaves = [
+        lanes.every(jnp.isfinite(a), a.ndim - batch_axes)
+        for a in jax.tree.leaves(tree)
+    ]
+    return functools.reduce(jnp.logical_and, leaves)
 
 
 def tolerances(options: Options, dtype) -> tuple[Array, Array]:
@@ -112,7 +122,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
     """Solve one problem; the factors are those of the returned point."""
     lower, upper = data.u_lower, data.u_upper
     dtype = data.x_init.dtype
-    T, m = data.u_init.shape
+    T, m, *batch = data.u_init.shape
     n = data.x_init.shape[0]
     tolerance, goal = tolerances(options, dtype)
     decay = jnp.asarray(options.line_search_decay, dtype)
@@ -133,9 +143,13 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         # At a point that may be the last, the exact KKT matrix of the active set; else a step.
         certify = there | (small & settled) | s.finish | out_of_time
         step, factors = propose(data, s.point, here, options, s.regularization, certify)
-        definite = jnp.all(factors.curvature > definite_threshold(dtype))
+        definite = lanes.every(factors.curvature > definite_threshold(dtype))
         escape = certify & small & ~definite
-        step = select(escape, along_negative_curvature(data, s.point, here, factors), step)
+        step = lax.cond(
+            jnp.any(escape),
+            lambda: select(escape, along_negative_curvature(data, s.point, here, factors), step),
+            lambda: step,
+        )
 
         converged = certify & small & definite
         stuck = certify & ~small
@@ -157,7 +171,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
             Status.STALLED: stuck & ~back,
         }
         status = jnp.select(list(ends.values()), list(ends), _RUNNING)
-        return _Search(
+        after = _Search(
             point=select(back, s.previous, select(moves, new, s.point)),
             evaluation=Evaluation(here.first.costate, factors, ~here.held, here.kkt_residual),
             previous=select(moves, s.point, s.previous),
@@ -172,31 +186,36 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
             iterations=s.iterations + jnp.where(stop, 0, 1),
             status=status.astype(jnp.int32),
         )
+        # The others wait for the last problem of the batch.
+        return select(s.status == _RUNNING, after, s)
 
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
-    nan = jnp.full((), jnp.nan, dtype)
+    one = jnp.ones(batch, dtype)
+    nan = one * jnp.nan
     search = _Search(
         point=start,
         evaluation=Evaluation(
-            costate=jnp.full((T + 1, n), nan),
+            costate=jnp.full((T + 1, n, *batch), jnp.nan, dtype),
             factors=Factors(
-                K=jnp.full((T, m, n), nan),
-                Quu_inv=jnp.full((T, m, m), nan),
-                V=jnp.full((T + 1, n, n), nan),
-                curvature=jnp.full(T, nan),
+                K=jnp.full((T, m, n, *batch), jnp.nan, dtype),
+                Quu_inv=jnp.full((T, m, m, *batch), jnp.nan, dtype),
+                V=jnp.full((T + 1, n, n, *batch), jnp.nan, dtype),
+                curvature=jnp.full((T, *batch), jnp.nan, dtype),
             ),
-            free=jnp.zeros((T, m), bool),
+            free=jnp.zeros((T, m, *batch), bool),
             kkt_residual=nan,
         ),
         previous=start,
         previous_residual=nan,
-        regularization=jnp.asarray(options.regularization, dtype),
-        noisy=jnp.array(False),
-        finish=jnp.array(False),
-        iterations=jnp.int32(0),
-        status=jnp.where(jnp.all(lower <= upper), _RUNNING, Status.INFEASIBLE).astype(jnp.int32),
+        regularization=one * jnp.asarray(options.regularization, dtype),
+        noisy=one == 0,
+        finish=one == 0,
+        iterations=jnp.zeros(batch, jnp.int32),
+        status=jnp.where(
+            one.astype(bool) & jnp.all(lower <= upper, axis=(0, 1)), _RUNNING, Status.INFEASIBLE
+        ).astype(jnp.int32),
     )
-    end = lax.while_loop(lambda s: s.status == _RUNNING, trip, search)
+    end = lax.while_loop(lambda s: jnp.any(s.status == _RUNNING), trip, search)
     u, x, costs = end.point
     costate, factors, free, kkt_residual = end.evaluation
     solution = Solution(
@@ -205,12 +224,28 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         costate=costate,
         K=factors.K,
         free=free,
-        objective=jnp.sum(costs),
+        objective=lanes.total(costs),
         kkt_residual=kkt_residual,
         iterations=end.iterations,
         status=end.status,
     )
     return solution, factors
+
+
+def solver(model: Model):
+    """``forward`` of ``model``; under ``vmap`` the whole batch at once, on lanes."""
+
+    def many(size, batched, data, options):
+        own, _ = batched
+        theta = jax.tree.map(
+            lambda a, own: jnp.moveaxis(a, 0, -1) if own else a, data.theta, own.theta
+        )
+        arrays = jax.tree.map(lambda a, own: lanes.to_last(a, size, own), data[1:], own[1:])
+        model_ = model._replace(batch=(size,), batched=own.theta)
+        out = forward(model_, Data(theta, *arrays), options)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+
+    return batchwise(functools.partial(forward, model), many)
 
 
 def propose(
@@ -231,18 +266,21 @@ def propose(
     low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
     high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
     exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
-    # One after the other in a loop, which compiles the recursion only once.
-    passes = lax.map(
-        lambda hessian: backward_pass(
+
+    def recursion(hessian):
+        return backward_pass(
             hessian, first.F, first.c, second.C_final, first.c_final,
             low, high, held, jnp.where(certify, 0, regularization), certify,
-        ),
-        jnp.stack([exact, second.C]),
-    )  # fmt: skip
-    with_exact, with_cost = (jax.tree.map(lambda a, i=i: a[i], passes) for i in (0, 1))
+        )  # fmt: skip
+
+    with_exact = recursion(exact)
     factors = with_exact[2]
-    definite = jnp.all(factors.curvature > definite_threshold(u.dtype))
-    d, free, used, slope, bend = select(certify | definite, with_exact, with_cost)
+    fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
+    d, free, used, slope, bend = lax.cond(
+        jnp.all(fine),
+        lambda: with_exact,
+        lambda: select(fine, with_exact, recursion(second.C)),
+    )
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
     return Step(target, used.K, slope, bend), factors
@@ -253,29 +291,35 @@ def along_negative_curvature(
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
     direction of negative curvature, with the later stages answering by their feedback."""
-    T = point.u.shape[0]
+    T, _, *batch = point.u.shape
     n = point.x.shape[1]
     bad = ~(factors.curvature > definite_threshold(point.u.dtype))
-    last = T - 1 - jnp.argmax(bad[::-1])
-    B, V = here.first.F[last, :, n:], factors.V[last + 1]
-    Quu = here.second.H[last, n:, n:] + B.T @ V @ B
-    direction = negative_direction(Quu, ~here.held[last])
-    lower, upper = data.u_lower[last], data.u_upper[last]
+    last = T - 1 - jnp.argmax(bad[::-1], axis=0)
+    at_last = jnp.arange(T).reshape((T,) + (1,) * len(batch)) == last  # [T]
+
+    def pick(a):
+        """a[last], of each problem."""
+        here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
+        return jnp.sum(jnp.where(here, a, 0), axis=0)
+
+    B, V = pick(here.first.F[:, :, n:]), pick(factors.V[1:])
+    Quu = pick(here.second.H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
+    direction = negative_direction(Quu, pick(~here.held) > 0)
+    lower, upper = pick(data.u_lower), pick(data.u_upper)
     # Without bounds, the length at which the curvature would have used up the objective.
-    curvature = jnp.maximum(-direction @ Quu @ direction, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(point.costs)) / curvature)
-    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(point.u[last])))
+    curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
+    curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
+    natural = jnp.sqrt(lanes.total(jnp.abs(point.costs)) / curvature)
+    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.
-    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)))
-    target = point.u.at[last].add(jnp.where(direction == 0, 0, length * direction))
-    K = jnp.where((jnp.arange(T) > last)[:, None, None], factors.K, 0)
-    zero = jnp.zeros((), point.u.dtype)
+    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
+    move = jnp.where(direction == 0, 0, length * direction)
+    target = point.u + jnp.where(at_last[:, None], move, 0)
+    later = jnp.cumsum(at_last, axis=0) - at_last > 0
+    K = jnp.where(later[:, None, None], factors.K, 0)
+    zero = jnp.zeros(batch, point.u.dtype)
     return Step(target, K, zero, zero)
-
-
-def select(condition, a, b):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
 @jax.custom_vjp
@@ -332,7 +376,5 @@ def ilqr_box(
     model, data = problem.trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
     )
-    solution, _ = jax.jit(lambda data, options: forward(model, data, options))(
-        lax.stop_gradient(data), options
-    )
+    solution, _ = jax.jit(solver(model))(lax.stop_gradient(data), options)
     return _not_differentiable(solution, data)

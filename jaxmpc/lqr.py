@@ -5,15 +5,16 @@ its derivative (the KKT matrix is symmetric, so the backward pass is one more LQ
 backward pass of ``mpc_solve``.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import entrywise, validation
+from jaxmpc import lanes, validation
+from jaxmpc.batching import batchwise
 from jaxmpc.types import LQRSolution
 
 # Up to this many controls the elimination of one stage is unrolled at trace time.
@@ -57,120 +58,109 @@ def masked_inverse(Q, free, scale):
     no LAPACK call, no square root, and an indefinite Q is still inverted.
     """
     m = free.shape[0]
-    if entrywise.is_entrywise(Q):
-        one, where = 1.0, jnp.where
-        A = np.empty((m, m), object)
-        for i, j in np.ndindex(m, m):
-            A[i, j] = where(free[i] & free[j], Q[i, j], float(i == j))
-        smallest = None
-        for k in range(m):
-            pivot = where(free[k], A[k, k] / scale[k], one)
-            smallest = pivot if smallest is None else jnp.minimum(smallest, pivot)
-            A = _sweep_entries(A, k)
-        inverse = np.empty((m, m), object)
-        for i, j in np.ndindex(m, m):
-            inverse[i, j] = where(free[i] & free[j], -A[i, j], 0.0)
-        return inverse, smallest
-
+    if m == 1:
+        inverse = jnp.where(free, 1 / Q[0], 0)
+        return inverse[None], jnp.where(free, Q[0] / scale, 1)[0]
     both = free[:, None] & free[None, :]
-    A = jnp.where(both, Q, jnp.eye(m, dtype=Q.dtype))
+    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2))
     relative = jnp.where(free, 1 / scale, 1)
+    smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
 
     def eliminate(k, carry):
         A, smallest = carry
         return _sweep(A, k), jnp.minimum(smallest, A[k, k] * relative[k])
 
-    carry = A, jnp.asarray(jnp.inf, Q.dtype)
     if m <= _MAX_UNROLLED:
         for k in range(m):
-            carry = eliminate(k, carry)
+            A, smallest = lanes.materialize(functools.partial(eliminate, k), (A, smallest))
     else:
-        carry = lax.fori_loop(0, m, eliminate, carry)
-    A, smallest = carry
+        A, smallest = lax.fori_loop(0, m, eliminate, (A, smallest))
     return jnp.where(both, -A, 0), smallest
 
 
 def _sweep(A, k):
-    row = A[k] / A[k, k]
-    swept = A - A[:, k][:, None] * row[None, :]
-    return swept.at[k, :].set(row).at[:, k].set(row).at[k, k].set(-1 / A[k, k])
-
-
-def _sweep_entries(A, k):
-    m = A.shape[0]
+    here = (jnp.arange(A.shape[0]) == k).reshape((-1,) + (1,) * (A.ndim - 1))
+    row, column = here, here.reshape((1, -1) + (1,) * (A.ndim - 2))
     reciprocal = 1 / A[k, k]
-    swept = np.empty_like(A)
-    for i, j in np.ndindex(m, m):
-        if i == k and j == k:
-            swept[i, j] = -reciprocal
-        elif i == k or j == k:
-            swept[i, j] = A[i, j] * reciprocal
-        else:
-            swept[i, j] = A[i, j] - A[i, k] * A[k, j] * reciprocal
-    return swept
-
-
-def entrywise_pays(n: int, m: int) -> bool:
-    return (n + m) ** 2 <= entrywise.MAX_ENTRIES
+    scaled = A[k] * reciprocal
+    rest = A - A[:, k, None] * scaled
+    return jnp.where(
+        row & column,
+        -reciprocal,
+        jnp.where(row, scaled, jnp.where(column, scaled[:, None], rest)),
+    )
 
 
 def quadratic_form(C, F, V):
-    """Q = C + Fᵀ V F, and the size of its diagonal's terms before they cancel."""
-    FVF = F.T @ (V @ F)
-    return C + FVF, entrywise.diag(abs(C) + abs(FVF))
+    """Q = C + Fᵀ V F, and the size of the terms in the diagonal of Q_uu before they cancel."""
+    n = V.shape[0]
+    VF = lanes.materialize(lanes.matmul, V, F)
+
+    def combine(C, F, VF):
+        pull = lanes.sum_of(F[k, n:] * VF[k, n:] for k in range(n))
+        size = jnp.abs(lanes.diagonal(C[n:, n:])) + jnp.abs(pull)
+        return C + lanes.matmul_t(F, VF), size
+
+    return lanes.materialize(combine, C, F, VF)
 
 
 def value_hessian(Q, K, n):
     """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
-    QxuK = Q[:n, n:] @ K
-    V = Q[:n, :n] + QxuK + QxuK.T + K.T @ (Q[n:, n:] @ K)
-    return (V + V.T) * 0.5
+
+    def combine(Q, K, half):
+        V = Q[:n, :n] + lanes.matmul_t(half, K) + lanes.matmul_t(K, half)
+        return (V + lanes.transpose(V)) * 0.5
+
+    half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
+    return lanes.materialize(combine, Q, K, half)
 
 
 def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
     """The backward recursion of Algorithm 1 on the matrices alone."""
-    n, m = C_final.shape[0], free.shape[1]
+    n = C_final.shape[0]
 
     def stage(V, data):
         C, F, free = data
         Q, size = quadratic_form(C, F, V)
-        Quu_inv, curvature = masked_inverse(Q[n:, n:], free, size[n:])
-        K = -(Quu_inv @ Q[n:, :n])
+        Quu_inv, curvature = masked_inverse(Q[n:, n:], free, size)
+        K = lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[n:, :n]), Quu_inv, Q)
         V = value_hessian(Q, K, n)
         return V, (K, Quu_inv, V, curvature)
 
-    _, (K, Quu_inv, V, curvature) = entrywise.scan(
-        stage, C_final, (C, F, free), entrywise=entrywise_pays(n, m), reverse=True
-    )
+    _, (K, Quu_inv, V, curvature) = lax.scan(stage, C_final, (C, F, free), reverse=True)
     return Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
 
 
-def _substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
+def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     """Back and forward substitution: the plan, and the feedforward terms k."""
-    n, m = rhs.x_init.shape[0], factors.K.shape[1]
-    entries = entrywise_pays(n, m)
+    n = rhs.x_init.shape[0]
 
     def backward(v, data):
         K, Quu_inv, V_next, F, c, f = data
-        q = c + F.T @ (v + V_next @ f)
-        k = -(Quu_inv @ q[n:])
-        v = q[:n] + K.T @ q[n:]
+        w = lanes.materialize(lambda v, V, f: v + lanes.matvec(V, f), v, V_next, f)
+        q = lanes.materialize(lambda c, F, w: c + lanes.matvec_t(F, w), c, F, w)
+        k = -lanes.matvec(Quu_inv, q[n:])
+        v = q[:n] + lanes.matvec_t(K, q[n:])
         return v, (k, v)
 
     data = (factors.K, factors.Quu_inv, factors.V[1:], F, rhs.c, rhs.f)
-    _, (k, v) = entrywise.scan(backward, rhs.c_final, data, entrywise=entries, reverse=True)
+    _, (k, v) = lax.scan(backward, rhs.c_final, data, reverse=True)
 
     def forward(x, data):
         K, k, F, f = data
-        u = K @ x + k
-        return F[:, :n] @ x + F[:, n:] @ u + f, (x, u)
+        u = lanes.materialize(lambda K, k, x: lanes.matvec(K, x) + k, K, k, x)
+        return lanes.matvec(F[:, :n], x) + lanes.matvec(F[:, n:], u) + f, (x, u)
 
-    x_final, (x, u) = entrywise.scan(
-        forward, rhs.x_init, (factors.K, k, F, rhs.f), entrywise=entries
-    )
+    x_final, (x, u) = lax.scan(forward, rhs.x_init, (factors.K, k, F, rhs.f))
     x = jnp.concatenate([x, x_final[None]])
-    costate = jnp.einsum("tij,tj->ti", factors.V, x) + jnp.concatenate([v, rhs.c_final[None]])
+    affine = jnp.concatenate([v, rhs.c_final[None]])
+    costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
     return Point(x, u, costate), k
+
+
+# Under vmap the whole batch at once, with the batch on the last axis.
+_factorize = batchwise(factorize, lanes.last(factorize))
+_substitute = batchwise(substitute, lanes.last(substitute))
 
 
 @jax.custom_vjp
@@ -248,7 +238,7 @@ def _attach_gains_bwd(saved, cotangent):
 
     def recursion(C, F, C_final, rhs):
         factors = factorize(C, F, C_final, free)
-        return factors.K, _substitute(factors, F, rhs)[1]
+        return factors.K, substitute(factors, F, rhs)[1]
 
     _, vjp = jax.vjp(recursion, C, F, C_final, rhs)
     C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
@@ -305,7 +295,7 @@ def lqr_solve(
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
     rhs = Rhs(args.x_init, args.c, args.f, args.c_final)
-    factors = factorize(*lax.stop_gradient((C, args.F, C_final)), args.free)
+    factors = _factorize(*lax.stop_gradient((C, args.F, C_final)), args.free)
     (x, u, costate), k = kkt_solve(factors, C, args.F, C_final, args.free, rhs)
     K, k = _attach_gains((factors.K, k), C, args.F, C_final, args.free, rhs)
     return LQRSolution(x, u, costate, K, k)

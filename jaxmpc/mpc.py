@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 
 from jaxmpc import problem, validation
 from jaxmpc.expansions import first_order, second_order, stage_costs, stages
-from jaxmpc.ilqr import forward
+from jaxmpc.ilqr import solver
 from jaxmpc.lqr import (
     Factors,
     Point,
@@ -114,7 +114,7 @@ def _differentiable(model: Model):
 
     @jax.custom_jvp
     def fixed(data: Data, options: Options) -> tuple[Solution, Factors]:
-        return forward(model, data, options)
+        return solver(model)(data, options)
 
     def fixed_rule(primals, _):
         out = solution_and_factors(*primals)

@@ -14,17 +14,35 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from jaxmpc import validation
+from jaxmpc import trailing, validation
 
 Theta = Any  # {"params": ..., "constants": ...}
 
 
 class Model(NamedTuple):
-    """Pure functions; the terminal cost is None where there is none."""
+    """Pure functions of one problem; the terminal cost is None where there is none."""
 
     cost: Callable[[Array, Array, Array, Theta], Array]
     dynamics: Callable[[Array, Array, Array, Theta], Array]
     terminal_cost: Callable[[Array, Theta], Array] | None
+    # For a batch, on the last axis of every array: its size, and which leaves of theta have it.
+    batch: tuple[int, ...] = ()
+    batched: Any = False
+
+    def across(self, fn: Callable) -> Callable:
+        """``fn(*arrays, theta)`` of one problem, across the batch if there is one.
+
+        All arrays have the batch but the stage, a scalar.
+        """
+        if not self.batch:
+            return fn
+
+        def call(*args):
+            *arrays, theta = args
+            flags = (*(jnp.ndim(a) > 0 for a in arrays), self.batched)
+            return trailing.vmap(fn, flags, self.batch)(*arrays, theta)
+
+        return call
 
 
 class Data(NamedTuple):

@@ -5,13 +5,14 @@ The second halves of Algorithm 2, after Tassa, Mansard and Todorov 2014.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import entrywise
+from jaxmpc import lanes
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import rollout, stage_costs, stages
-from jaxmpc.lqr import Factors, entrywise_pays, masked_inverse, quadratic_form, value_hessian
+from jaxmpc.lqr import Factors, masked_inverse, quadratic_form, value_hessian
 from jaxmpc.problem import Data, Model
 
 _MAX_TRIES = 6  # step lengths tried in one search
@@ -57,48 +58,43 @@ def backward_pass(
     bounds, the factors are then those of the exact KKT matrix, definite or not.
     """
     n = c_final.shape[0]
-    m = low.shape[1]
     threshold = definite_threshold(F.dtype)
+
+    def convexify(Quu, low, high, held, size):
+        _, whole = masked_inverse(Quu, held | ~held, size)
+        _, curvature = masked_inverse(Quu, ~held, size)
+        stay = held & ~certify & ~(whole > threshold)
+        # Gershgorin's bound on the smallest eigenvalue; for one control the shift gives |Q_uu|.
+        diagonal = lanes.diagonal(Quu)
+        smallest = jnp.min(2 * diagonal - jnp.sum(jnp.abs(Quu), axis=1), axis=0)
+        fine = certify | (curvature > threshold)
+        shift = jnp.where(fine, 0, 2 * jnp.maximum(-smallest, 0))
+        multiple = regularization + jnp.where(fine, 0, 1e-6)
+        unit = jnp.where(fine, 0.0, 1.0)
+        added = shift + jnp.where(size > 0, multiple * size, unit)
+        convex = Quu + lanes.diagonal_matrix(added)
+        return convex, jnp.where(stay, 0, low), jnp.where(stay, 0, high), curvature
 
     def stage(carry, data):
         V, v = carry
         H, F, c, low, high, held = data
         Q, size = quadratic_form(H, F, V)
-        Quu, size = Q[n:, n:], size[n:]
-        q = c + F.T @ v
-
-        _, whole = masked_inverse(Quu, held | ~held, size)
-        _, curvature = masked_inverse(Quu, ~held, size)
-        unsafe = ~certify & ~(whole > threshold)
-        stay = entrywise.elementwise(lambda held: held & unsafe, held)
-        low, high = entrywise.where(stay, 0, low), entrywise.where(stay, 0, high)
-        # Gershgorin's bound on the smallest eigenvalue; for one control the shift gives |Q_uu|.
-        smallest = entrywise.min(2 * entrywise.diag(Quu) - abs(Quu).sum(axis=1))
-        fine = certify | (curvature > threshold)
-        shift = jnp.where(fine, 0, 2 * jnp.maximum(-smallest, 0))
-        multiple = regularization + jnp.where(fine, 0, 1e-6)
-        unit = jnp.where(fine, 0, 1)
-        added = entrywise.elementwise(
-            lambda size: shift + jnp.where(size > 0, multiple * size, unit), size
-        )
-        convex = Quu + entrywise.diag(added)
-
-        d, Quu_inv, free = qp(convex, q[n:], low, high, size)
-        K = -(Quu_inv @ Q[n:, :n])
+        q = lanes.materialize(lambda c, F, v: c + lanes.matvec_t(F, v), c, F, v)
+        Quu = Q[n:, n:]
+        convex, low, high, curvature = lanes.materialize(convexify, Quu, low, high, held, size)
+        d, Quu_inv, free = lanes.materialize(qp, convex, q[n:], low, high, size)
+        K = lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[n:, :n]), Quu_inv, Q)
         V = value_hessian(Q, K, n)
-        Quu_d = Quu @ d
-        v = q[:n] + K.T @ (q[n:] + Quu_d) + Q[:n, n:] @ d
-        return (V, v), (d, K, Quu_inv, free, V, curvature, q[n:] @ d, (d @ Quu_d) * 0.5)
+        Quu_d = lanes.matvec(Quu, d)
+        v = q[:n] + lanes.matvec_t(K, q[n:] + Quu_d) + lanes.matvec(Q[:n, n:], d)
+        slope, bend = lanes.dot(q[n:], d), lanes.dot(d, Quu_d) * 0.5
+        return (V, v), (d, K, Quu_inv, free, V, curvature, slope, bend)
 
-    _, (d, K, Quu_inv, free, V, curvature, slope, bend) = entrywise.scan(
-        stage,
-        (C_final, c_final),
-        (H, F, c, low, high, held),
-        entrywise=entrywise_pays(n, m),
-        reverse=True,
-    )
+    start = C_final, c_final
+    data = H, F, c, low, high, held
+    _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
     factors = Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
-    return d, free, factors, jnp.sum(slope), jnp.sum(bend)
+    return d, free, factors, lanes.total(slope), lanes.total(bend)
 
 
 def definite_threshold(dtype) -> float:
@@ -114,13 +110,14 @@ def iterate(model: Model, data: Data, u: Array) -> Iterate:
 
 def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
     """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
+    dynamics = model.across(model.dynamics)
 
     def advance(x_new, now):
         u, target, K, x, lower, upper, t = now
         # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
         straight = jnp.where(alpha == 1, target, u + alpha * (target - u))
-        u_new = jnp.clip(straight + K @ (x_new - x), lower, upper)
-        return model.dynamics(x_new, u_new, t, data.theta), (x_new, u_new)
+        u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
+        return dynamics(x_new, u_new, t, data.theta), (x_new, u_new)
 
     u, x, _ = point
     now = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, stages(u))
@@ -148,29 +145,31 @@ def line_search(
     # and let the next trip judge by the residual.
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
-    hopeless = escape | (decrease <= jnp.finfo(decay.dtype).eps * jnp.sum(jnp.abs(point.costs)))
+    eps = jnp.finfo(noise.dtype).eps
+    hopeless = escape | (decrease <= eps * lanes.total(jnp.abs(point.costs)))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
-    def wants_more(carry):
+    def unfinished(carry):
         _, search, tries = carry
         return wanted & ~search.accepted & (tries < max_tries)
 
     def attempt(carry):
-        *_, tries = carry
-        pair = (tries // 2).astype(decay.dtype)
+        before, search, tries = carry
+        pair = (tries // 2).astype(noise.dtype)
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
-        alpha = jnp.where(escape, both_ways, decay ** tries.astype(decay.dtype))
+        alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
         new = apply(model, data, point, step, alpha)
-        change = jnp.sum(new.costs - point.costs)
+        change = lanes.total(new.costs - point.costs)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)
         noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
-        return new, Search(falls | noisy, alpha, noisy, hopeless), tries + 1
+        after = new, Search(falls | noisy, alpha, noisy, hopeless)
+        return *select(unfinished(carry), after, (before, search)), tries + 1
 
-    no = jnp.array(False)
-    start = (point, Search(no, jnp.zeros_like(decay), no, no), jnp.int32(0))
-    new, search, _ = lax.while_loop(wants_more, attempt, start)
+    no = jnp.zeros_like(wanted)
+    start = (point, Search(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
+    new, search, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
     return new, search
 
 
@@ -178,7 +177,8 @@ def rounding(point: Iterate, costate: Array) -> Array:
     """The size of rounding in the objective: that of the costs, and that of each state, which the
     costates amplify."""
     eps = float(jnp.finfo(point.x.dtype).eps)
-    return eps * (4 * jnp.sum(jnp.abs(point.costs)) + jnp.sum(jnp.abs(costate * point.x)))
+    costs, states = jnp.abs(point.costs), jnp.abs(costate * point.x)
+    return eps * (4 * lanes.total(costs) + lanes.total(states, 2))
 
 
 def negative_direction(Q, free):
@@ -189,14 +189,20 @@ def negative_direction(Q, free):
     """
     m = free.shape[0]
     both = free[:, None] & free[None, :]
-    bound = jnp.max(jnp.sum(jnp.where(both, jnp.abs(Q), 0), axis=1))
+    bound = jnp.max(jnp.sum(jnp.where(both, jnp.abs(Q), 0), axis=1), axis=0)
     bound = jnp.where(bound > 0, bound, 1)
-    power = jnp.where(both, bound * jnp.eye(m, dtype=Q.dtype) - Q, 0)
+    tiny = jnp.finfo(Q.dtype).tiny
+    power = jnp.where(both, bound * lanes.identity(m, bound.ndim) - Q, 0)
 
     def square(_, power):
-        power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(Q.dtype).tiny)
-        return power @ power
+        power = power / jnp.maximum(jnp.max(jnp.abs(power), axis=(0, 1)), tiny)
+        return lanes.matmul(power, power)
 
     power = lax.fori_loop(0, 10, square, power)
-    direction = power @ jnp.cos(jnp.arange(m, dtype=Q.dtype))
-    return direction / jnp.maximum(jnp.max(jnp.abs(direction)), jnp.finfo(Q.dtype).tiny)
+    start = jnp.cos(jnp.arange(m, dtype=Q.dtype)).reshape((m,) + (1,) * bound.ndim)
+    direction = jnp.sum(power * start, axis=1)
+    return direction / jnp.maximum(jnp.max(jnp.abs(direction), axis=0), tiny)
+
+
+def select(condition, a, b):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)

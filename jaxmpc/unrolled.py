@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxmpc import entrywise, problem, validation
+from jaxmpc import lanes, problem, validation
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import first_order, second_order
 from jaxmpc.ilqr import assess, tolerances
@@ -126,13 +126,7 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
 
 def _differentiable_box_qp(Q, q, lower, upper, scale):
     """``box_qp`` with a differentiable minimiser: its free set is constant (eq. 18)."""
-    constant = jax.tree.map(
-        lax.stop_gradient, tuple(map(entrywise.join, (Q, q, lower, upper, scale)))
-    )
-    d, _, free = box_qp(*constant)
-    if entrywise.is_entrywise(q):
-        d, free = entrywise.split(d, 0), entrywise.split(free, 0)
-    at_lower = entrywise.elementwise(jnp.less_equal, d, lower)
-    held = entrywise.where(free, 0, entrywise.where(at_lower, lower, upper))
+    d, _, free = box_qp(*lax.stop_gradient((Q, q, lower, upper, scale)))
+    held = jnp.where(free, 0, jnp.where(d <= lower, lower, upper))
     inverse, _ = masked_inverse(Q, free, scale)
-    return held - inverse @ (q + Q @ held), inverse, free
+    return held - lanes.matvec(inverse, q + lanes.matvec(Q, held)), inverse, free

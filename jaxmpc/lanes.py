@@ -1,0 +1,142 @@
+"""Small-matrix algebra on whole batches: the batch, where there is one, is the last axis.
+
+Stored this way every matrix entry is a contiguous vector over the batch, one lane a problem, and a
+product of small matrices is a few multiplications of long vectors, where a batched matrix product
+would be a loop over tiny ones. The same code serves a single problem: arrays without the last axis.
+
+Conditions that differ between problems, and anything else with one value a problem, have the shape
+of the batch alone, and NumPy's broadcasting aligns them with every array.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.xla_metadata import set_xla_metadata
+
+# Sums of up to this many terms are written out; for larger matrices a matrix product pays.
+_MAX_TERMS = 16
+
+
+def materialize(fn, *args):
+    """``fn(*args)``, every result computed once and stored.
+
+    XLA fuses a product of small matrices into each of its users and computes it anew for each of
+    their entries: for two products in a row of 12x12 matrices that is five times the work. On the
+    CPU its optimization barriers do not prevent this; a call that is not inlined does.
+    """
+    if jax.default_backend() != "cpu":
+        return fn(*args)
+
+    @jax.jit
+    def call(*args):
+        # The attribute is for this call alone, not for those inside of it.
+        with set_xla_metadata(inlineable=None):
+            return fn(*args)
+
+    with set_xla_metadata(inlineable="false"):
+        return call(*args)
+
+
+def matmul(A: Array, B: Array) -> Array:
+    """A B, for A [i, k, ...] and B [k, j, ...]."""
+    if B.shape[0] > _MAX_TERMS:
+        return jnp.einsum("ik...,kj...->ij...", A, B)
+    return sum_of(A[:, k, None] * B[k] for k in range(B.shape[0]))
+
+
+def matmul_t(A: Array, B: Array) -> Array:
+    """Aᵀ B, for A [k, i, ...] and B [k, j, ...]."""
+    if B.shape[0] > _MAX_TERMS:
+        return jnp.einsum("ki...,kj...->ij...", A, B)
+    return sum_of(A[k, :, None] * B[k] for k in range(B.shape[0]))
+
+
+def matvec(A: Array, x: Array) -> Array:
+    """A x, for A [i, k, ...] and x [k, ...]."""
+    if x.shape[0] > _MAX_TERMS:
+        return jnp.einsum("ik...,k...->i...", A, x)
+    return sum_of(A[:, k] * x[k] for k in range(x.shape[0]))
+
+
+def matvec_t(A: Array, x: Array) -> Array:
+    """Aᵀ x, for A [k, i, ...] and x [k, ...]."""
+    if x.shape[0] > _MAX_TERMS:
+        return jnp.einsum("ki...,k...->i...", A, x)
+    return sum_of(A[k] * x[k] for k in range(x.shape[0]))
+
+
+def dot(a: Array, b: Array) -> Array:
+    """aᵀ b, for vectors [k, ...]."""
+    return jnp.sum(a * b, axis=0)
+
+
+def sum_of(terms) -> Array:
+    total, *rest = terms
+    for term in rest:
+        total = total + term
+    return total
+
+
+def total(a: Array, axes: int = 1) -> Array:
+    """The sum over the first ``axes`` axes."""
+    return _reduce(jnp.add, jnp.sum, 0, a, axes)
+
+
+def largest(a: Array, axes: int = 1) -> Array:
+    """The maximum over the first ``axes`` axes."""
+    return _reduce(jnp.maximum, jnp.max, -jnp.inf, a, axes)
+
+
+def every(a: Array, axes: int = 1) -> Array:
+    """Whether all are true along the first ``axes`` axes."""
+    return _reduce(jnp.logical_and, jnp.all, True, a, axes)
+
+
+def _reduce(combine, reduction, neutral, a, axes):
+    # XLA reduces leading axes one lane after the other on the CPU; written out, all at once.
+    if a.ndim == axes or jax.default_backend() != "cpu":
+        return reduction(a, axis=tuple(range(axes)))
+    a = a.reshape(-1, *a.shape[axes:])
+    while len(a) > 1:
+        rows = -(-len(a) // _MAX_TERMS)
+        missing = -len(a) % rows
+        a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1), constant_values=neutral)
+        parts = a.reshape(-1, rows, *a.shape[1:])
+        a = materialize(lambda parts: functools.reduce(combine, parts), list(parts))
+    return a[0]
+
+
+def transpose(A: Array) -> Array:
+    return jnp.swapaxes(A, 0, 1)
+
+
+def diagonal(A: Array) -> Array:
+    """The diagonal [k, ...] of a matrix [k, k, ...]."""
+    return jnp.stack([A[k, k] for k in range(A.shape[0])])
+
+
+def diagonal_matrix(a: Array) -> Array:
+    """The matrix [k, k, ...] with the diagonal a [k, ...]."""
+    return jnp.where(identity(a.shape[0], a.ndim - 1), a[:, None], 0)
+
+
+def identity(size: int, batch_axes: int) -> Array:
+    """The identity matrix as booleans that broadcast over the batch."""
+    return jnp.eye(size, dtype=bool).reshape((size, size) + (1,) * batch_axes)
+
+
+def last(fn):
+    """``fn`` on lanes as the second argument of ``batchwise``, where the batch comes first."""
+
+    def many(size, batched, *args):
+        args = jax.tree.map(lambda a, own: to_last(a, size, own), args, tuple(batched))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), fn(*args))
+
+    return many
+
+
+def to_last(a: Array, size: int, own: bool) -> Array:
+    """The batch axis from the first place to the last; copies of what the batch shares."""
+    return jnp.moveaxis(a, 0, -1) if own else jnp.broadcast_to(a[..., None], a.shape + (size,))
