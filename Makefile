@@ -31,9 +31,13 @@ help:
 # Other implementations have an environment of their own: the library never depends on them.
 peers: .venv-peers/.installed
 
-.venv-peers/.installed: bench/peers/requirements.txt
+# acados is there for few platforms; where it is not, the studies say that it is absent.
+.venv-peers/.installed: bench/peers/requirements.txt bench/peers/acados.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet -r $<
+	.venv-peers/bin/python -m pip install --quiet -r bench/peers/requirements.txt
+	rm -rf .venv-peers/acados
+	.venv-peers/bin/python -m pip install --quiet --no-deps --target .venv-peers/acados \
+		-r bench/peers/acados.txt || echo "acados is absent: see bench/peers/acados.txt"
 	touch $@
 
 gradients: .venv/.test

@@ -5,10 +5,10 @@ Each prints a Markdown table and keeps it, with the numbers behind it, in bench/
 
 import argparse
 
-from bench import gradients
+from bench import box_lq, compile_time, fixed_point, gradients, lqr, mpc, scaling
 
-# A study is a module with a docstring, `add_arguments(parser)` and `run(args)`.
-STUDIES = (gradients,)
+# A study is a module with a docstring, `add_arguments(parser)` and `run(args)`; it may have a NAME.
+STUDIES = (gradients, mpc, box_lq, lqr, scaling, compile_time, fixed_point)
 
 
 def main(argv=None):
@@ -19,7 +19,7 @@ def main(argv=None):
     )
     subparsers = parser.add_subparsers(metavar="STUDY", required=True)
     for study in STUDIES:
-        name = study.__name__.rpartition(".")[2]
+        name = getattr(study, "NAME", study.__name__.rpartition(".")[2])
         subparser = subparsers.add_parser(
             name,
             help=study.__doc__.partition("\n")[0],

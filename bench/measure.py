@@ -20,12 +20,16 @@ def pin(threads: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
+def cpu() -> str:
+    """The kind of this machine's processor, where every peer runs."""
+    return f"cpu {platform.processor() or platform.machine()}"
+
+
 def setting() -> dict[str, Any]:
     """Where and with what this process measures."""
     device = jax.devices()[0]
-    kind = platform.processor() or platform.machine() if device.platform == "cpu" else ""
     return dict(
-        device=f"{device.device_kind} {kind}".strip(),
+        device=cpu() if device.platform == "cpu" else device.device_kind,
         threads=len(os.sched_getaffinity(0)),
         versions=report.versions("jaxmpc", "jax", "jaxlib", "numpy"),
     )
@@ -81,19 +85,20 @@ def outcome(status, iterations) -> dict[str, Any]:
     names, counts = np.unique(np.asarray(status).ravel(), return_counts=True)
     iterations = np.asarray(iterations)
     return dict(
-        status={Status(int(s)).name: float(c / counts.sum()) for s, c in zip(names, counts)},
+        status={
+            Status(int(s)).name: float(c / counts.sum()) for s, c in zip(names, counts, strict=True)
+        },
         iterations_mean=float(iterations.mean()),
         iterations_max=int(iterations.max()),
     )
 
 
-def judged(cost, dynamics, params, x_init, u, lower, upper, terminal_cost=None) -> dict[str, float]:
-    """The objective and the KKT residual of the controls u [batch, T, m], whoever made them.
+def judge(
+    cost, dynamics, params, x_init, lower, upper, terminal_cost=None, params_axis=None
+) -> Callable[[Any], dict[str, float]]:
+    """A function of controls u [batch, T, m] that judges them: see ``judged``."""
 
-    In float64, by plain autodiff of the rolled-out objective: shares no code with any solver.
-    """
-
-    def objective(u, x_init):
+    def objective(u, x_init, params):
         def step(x, data):
             u, t = data
             return dynamics(x, u, t, params), cost(x, u, t, params)
@@ -102,13 +107,33 @@ def judged(cost, dynamics, params, x_init, u, lower, upper, terminal_cost=None) 
         final = 0.0 if terminal_cost is None else terminal_cost(x_final, params)
         return jnp.sum(costs) + final
 
-    with jax.enable_x64(True):
-        as64 = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)  # noqa: E731
-        params, x_init, u, lower, upper = map(as64, (params, x_init, u, lower, upper))
-        values, slopes = jax.jit(jax.vmap(jax.value_and_grad(objective)))(u, x_init)
-        residual = jnp.max(jnp.abs(jnp.clip(u - slopes, lower, upper) - u), axis=(1, 2))
-        return dict(
-            objective_mean=float(jnp.mean(values)),
-            kkt_residual_worst=float(jnp.max(residual)),
-            kkt_residual_median=float(jnp.median(residual)),
-        )
+    value_and_slope = jax.vmap(jax.value_and_grad(objective), in_axes=(0, 0, params_axis))
+
+    @jax.jit
+    def evaluate(u, x_init, params, lower, upper):
+        values, slopes = value_and_slope(u, x_init, params)
+        return values, jnp.max(jnp.abs(jnp.clip(u - slopes, lower, upper) - u), axis=(1, 2))
+
+    def verdict(u):
+        with jax.enable_x64(True):
+            arguments = jax.tree.map(
+                lambda a: jnp.asarray(a, jnp.float64), (u, x_init, params, lower, upper)
+            )
+            values, residual = evaluate(*arguments)
+            return dict(
+                objective_mean=float(jnp.mean(values)),
+                kkt_residual_worst=float(jnp.max(residual)),
+                kkt_residual_median=float(jnp.median(residual)),
+            )
+
+    return verdict
+
+
+def judged(cost, dynamics, params, x_init, u, lower, upper, terminal_cost=None) -> dict[str, float]:
+    """The objective and the KKT residual of the controls u [batch, T, m], whoever made them.
+
+    In float64, by plain autodiff of the rolled-out objective: shares no code with any solver.
+    ``judge`` does the same for many u and compiles once; its ``params_axis=0`` is for problems
+    with parameters of their own.
+    """
+    return judge(cost, dynamics, params, x_init, lower, upper, terminal_cost)(u)

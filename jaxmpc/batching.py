@@ -80,7 +80,7 @@ def _together(many: Callable, tree, axes: Axes, *leaves):
 
 
 def _sizes(axes: Axes, leaves) -> list[int]:
-    sizes = {}
+    sizes: dict[int, int] = {}
     for own, leaf in zip(axes, leaves, strict=True):
         sizes |= dict(zip(own, leaf.shape, strict=False))
     return [sizes[k] for k in sorted(sizes)]
@@ -121,22 +121,20 @@ def _dealt(f: Callable, axes: Axes, leaves):
 
 def _mesh(leaves) -> Any:
     """The mesh of the arrays; None if there is none to use."""
-    meshes = {jax.typeof(leaf).sharding.mesh for leaf in leaves} | {jax.sharding.get_abstract_mesh()}
-    meshes = {mesh for mesh in meshes if not mesh.empty}
-    if len(meshes) != 1:
-        return None
-    (mesh,) = meshes
-    # Inside a shard_map, every device has its part already.
-    return None if AxisType.Manual in mesh.axis_types else mesh
+    found = {jax.typeof(leaf).sharding.mesh for leaf in leaves}
+    meshes = [mesh for mesh in found | {jax.sharding.get_abstract_mesh()} if not mesh.empty]
+    if len(meshes) != 1 or AxisType.Manual in meshes[0].axis_types:
+        return None  # inside a shard_map, every device has its part already
+    return meshes[0]
 
 
 def _explicit(axes: Axes, leaves) -> dict[int, tuple[str, ...]]:
-    """For each of the batch's axes, the mesh axes that it is spread over by type."""
+    """For each of the batch's axes, the mesh axes that it is spread along by type."""
     spread: dict[int, tuple[str, ...]] = {}
     for own, leaf in zip(axes, leaves, strict=True):
         for k, names in zip(own, jax.typeof(leaf).sharding.spec, strict=False):
             names = (names,) if isinstance(names, str) else names or ()
-            if k not in spread and not set(names) & {n for other in spread.values() for n in other}:
+            if k not in spread and names and not set(names) & set(sum(spread.values(), ())):
                 spread[k] = names
     return spread
 

@@ -16,8 +16,8 @@ from jaxmpc import lanes, problem, validation
 from jaxmpc.batching import batchwise
 from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import FirstOrder, SecondOrder, first_order, second_order
-from jaxmpc.lqr import Factors
 from jaxmpc.problem import Data, Model
+from jaxmpc.riccati import Factors
 from jaxmpc.steps import (
     Iterate,
     Step,
@@ -35,13 +35,23 @@ _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e
 _RUNNING = -1  # the status of a problem that goes on
 
 
+class Linearization(NamedTuple):
+    """The first-order conditions around a point: what their derivative needs."""
+
+    factors: Factors  # of the exact KKT matrix with the clamped controls pinned
+    hessian: Array  # [T, n+m, n+m], the one that ``Options.backward_hessian`` names
+    F: Array  # [T, n, n+m]
+    C_final: Array  # [n, n]
+    gradient: Array  # [T, m], ∇_u J
+
+
 class Evaluation(NamedTuple):
     """What is reported of a point apart from its rollout."""
 
     costate: Array  # [T+1, n]
-    factors: Factors  # of the exact KKT matrix with the clamped controls pinned
     free: Array  # [T, m]
     kkt_residual: Array
+    linearization: Linearization
 
 
 class _Search(NamedTuple):
@@ -63,6 +73,7 @@ class Assessment(NamedTuple):
 
     first: FirstOrder
     second: SecondOrder
+    gradient: Array  # [T, m], ∇_u J
     held: Array  # [T, m], the clamped controls
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
@@ -86,6 +97,7 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
     return Assessment(
         first=first,
         second=second,
+        gradient=gradient,
         held=held,
         kkt_residual=lanes.largest(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), 2),
         residual=residual,
@@ -118,12 +130,11 @@ def tolerances(options: Options, dtype) -> tuple[Array, Array]:
     return jnp.asarray(tolerance, dtype), jnp.asarray(goal, dtype)
 
 
-def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Factors]:
-    """Solve one problem; the factors are those of the returned point."""
+def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linearization]:
+    """Solve one problem, or a batch; the linearization is that at the returned point."""
     lower, upper = data.u_lower, data.u_upper
     dtype = data.x_init.dtype
-    T, m, *batch = data.u_init.shape
-    n = data.x_init.shape[0]
+    batch = data.x_init.shape[1:]
     tolerance, goal = tolerances(options, dtype)
     decay = jnp.asarray(options.line_search_decay, dtype)
 
@@ -173,7 +184,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         status = jnp.select(list(ends.values()), list(ends), _RUNNING)
         after = _Search(
             point=select(back, s.previous, select(moves, new, s.point)),
-            evaluation=Evaluation(here.first.costate, factors, ~here.held, here.kkt_residual),
+            evaluation=evaluation(here, factors),
             previous=select(moves, s.point, s.previous),
             previous_residual=jnp.where(moves, here.residual, s.previous_residual),
             regularization=jnp.where(
@@ -189,22 +200,36 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
         # The others wait for the last problem of the batch.
         return select(s.status == _RUNNING, after, s)
 
+    def evaluation(here, factors):
+        exact = options.backward_hessian == "exact"
+        return Evaluation(
+            costate=here.first.costate,
+            free=~here.held,
+            kkt_residual=here.kkt_residual,
+            linearization=Linearization(
+                factors=factors,
+                hessian=here.second.H if exact else here.second.C,
+                F=here.first.F,
+                C_final=here.second.C_final,
+                gradient=here.gradient,
+            ),
+        )
+
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
+
+    def first_evaluation():
+        here = assess(model, data, start)
+        no = here.residual < 0
+        return evaluation(here, propose(data, start, here, options, here.residual, no)[1])
+
+    def blank(shape):
+        return jnp.full(shape.shape, jnp.nan if shape.dtype == dtype else False, shape.dtype)
+
     one = jnp.ones(batch, dtype)
     nan = one * jnp.nan
     search = _Search(
         point=start,
-        evaluation=Evaluation(
-            costate=jnp.full((T + 1, n, *batch), jnp.nan, dtype),
-            factors=Factors(
-                K=jnp.full((T, m, n, *batch), jnp.nan, dtype),
-                Quu_inv=jnp.full((T, m, m, *batch), jnp.nan, dtype),
-                V=jnp.full((T + 1, n, n, *batch), jnp.nan, dtype),
-                curvature=jnp.full((T, *batch), jnp.nan, dtype),
-            ),
-            free=jnp.zeros((T, m, *batch), bool),
-            kkt_residual=nan,
-        ),
+        evaluation=jax.tree.map(blank, jax.eval_shape(first_evaluation)),
         previous=start,
         previous_residual=nan,
         regularization=one * jnp.asarray(options.regularization, dtype),
@@ -217,19 +242,19 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Facto
     )
     end = lax.while_loop(lambda s: jnp.any(s.status == _RUNNING), trip, search)
     u, x, costs = end.point
-    costate, factors, free, kkt_residual = end.evaluation
+    costate, free, kkt_residual, linearization = end.evaluation
     solution = Solution(
         x=x,
         u=u,
         costate=costate,
-        K=factors.K,
+        K=linearization.factors.K,
         free=free,
         objective=lanes.total(costs),
         kkt_residual=kkt_residual,
         iterations=end.iterations,
         status=end.status,
     )
-    return solution, factors
+    return solution, linearization
 
 
 def solver(model: Model):

@@ -6,166 +6,51 @@ backward pass of ``mpc_solve``.
 """
 
 import functools
-from typing import NamedTuple
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import lanes, validation
+from jaxmpc import lanes, parallel, riccati, validation
 from jaxmpc.batching import batchwise
-from jaxmpc.types import LQRSolution
+from jaxmpc.riccati import Factors, Point, Rhs
+from jaxmpc.types import LQRSolution, RiccatiMethod
 
-# Up to this many controls the elimination of one stage is unrolled at trace time.
-_MAX_UNROLLED = 8
-
-
-class Factors(NamedTuple):
-    """The Riccati factorization of the KKT matrix; pinned rows of K and Quu_inv are 0."""
-
-    K: Array  # [T, m, n]
-    Quu_inv: Array  # [T, m, m], the inverse on the free controls
-    V: Array  # [T+1, n, n], the Hessian of the optimal cost-to-go
-    curvature: Array  # [T], the smallest pivot of Q_uu on the free controls, relative
+# A whole batch at once under vmap, with the batch on the last axis.
+_SEQUENTIAL = {
+    fn: batchwise(fn, lanes.last(fn)) for fn in (riccati.factorize, riccati.substitute)
+}
 
 
-class Rhs(NamedTuple):
-    """What the KKT system is solved for: the terms of the LQR that C and F do not hold."""
+def factorize(
+    C: Array, F: Array, C_final: Array, free: Array, method: RiccatiMethod = "auto"
+) -> Factors:
+    """The Riccati factorization of the LQR's KKT matrix, by the ``method`` of ``lqr_solve``.
 
-    x_init: Array  # [n]
-    c: Array  # [T, n+m]
-    f: Array  # [T, n]
-    c_final: Array  # [n]
-
-
-class Point(NamedTuple):
-    """A plan with its states and costates: the unknowns of the KKT system."""
-
-    x: Array  # [T+1, n]
-    u: Array  # [T, m]
-    costate: Array  # [T+1, n]
-
-
-def masked_inverse(Q, free, scale):
-    """The inverse of Q [m,m] on its free rows and columns, 0 elsewhere; and its smallest pivot.
-
-    The pivots are the D of LDLᵀ: positive exactly where Q is positive definite on the free
-    controls. They come relative to ``scale`` [m], the size of the terms that were summed in Q's
-    diagonal, since a pivot at their rounding level has no sign; pinned rows count as 1.
-
-    Sweeping every pivot of a symmetric matrix leaves −Q⁻¹ in its place, in m rank-one updates:
-    no LAPACK call, no square root, and an indefinite Q is still inverted.
+    Of constants: what is differentiated calls that of the module itself.
     """
-    m = free.shape[0]
-    if m == 1:
-        inverse = jnp.where(free, 1 / Q[0], 0)
-        return inverse[None], jnp.where(free, Q[0] / scale, 1)[0]
-    both = free[:, None] & free[None, :]
-    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2))
-    relative = jnp.where(free, 1 / scale, 1)
-    smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
-
-    def eliminate(k, carry):
-        A, smallest = carry
-        return _sweep(A, k), jnp.minimum(smallest, A[k, k] * relative[k])
-
-    if m <= _MAX_UNROLLED:
-        for k in range(m):
-            A, smallest = lanes.materialize(functools.partial(eliminate, k), (A, smallest))
-    else:
-        A, smallest = lax.fori_loop(0, m, eliminate, (A, smallest))
-    return jnp.where(both, -A, 0), smallest
+    if method == "parallel":
+        return parallel.factorize(C, F, C_final, free)
+    return _SEQUENTIAL[riccati.factorize](C, F, C_final, free)
 
 
-def _sweep(A, k):
-    here = (jnp.arange(A.shape[0]) == k).reshape((-1,) + (1,) * (A.ndim - 1))
-    row, column = here, here.reshape((1, -1) + (1,) * (A.ndim - 2))
-    reciprocal = 1 / A[k, k]
-    scaled = A[k] * reciprocal
-    rest = A - A[:, k, None] * scaled
-    return jnp.where(
-        row & column,
-        -reciprocal,
-        jnp.where(row, scaled, jnp.where(column, scaled[:, None], rest)),
-    )
+def _substitute(factors: Factors, F: Array, rhs: Rhs, method: RiccatiMethod) -> tuple[Point, Array]:
+    if method == "parallel":
+        return parallel.substitute(factors, F, rhs)
+    return _SEQUENTIAL[riccati.substitute](factors, F, rhs)
 
 
-def quadratic_form(C, F, V):
-    """Q = C + Fᵀ V F, and the size of the terms in the diagonal of Q_uu before they cancel."""
-    n = V.shape[0]
-    VF = lanes.materialize(lanes.matmul, V, F)
-
-    def combine(C, F, VF):
-        pull = lanes.sum_of(F[k, n:] * VF[k, n:] for k in range(n))
-        size = jnp.abs(lanes.diagonal(C[n:, n:])) + jnp.abs(pull)
-        return C + lanes.matmul_t(F, VF), size
-
-    return lanes.materialize(combine, C, F, VF)
-
-
-def value_hessian(Q, K, n):
-    """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
-
-    def combine(Q, K, half):
-        V = Q[:n, :n] + lanes.matmul_t(half, K) + lanes.matmul_t(K, half)
-        return (V + lanes.transpose(V)) * 0.5
-
-    half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
-    return lanes.materialize(combine, Q, K, half)
-
-
-def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
-    """The backward recursion of Algorithm 1 on the matrices alone."""
-    n = C_final.shape[0]
-
-    def stage(V, data):
-        C, F, free = data
-        Q, size = quadratic_form(C, F, V)
-        Quu_inv, curvature = masked_inverse(Q[n:, n:], free, size)
-        K = lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[n:, :n]), Quu_inv, Q)
-        V = value_hessian(Q, K, n)
-        return V, (K, Quu_inv, V, curvature)
-
-    _, (K, Quu_inv, V, curvature) = lax.scan(stage, C_final, (C, F, free), reverse=True)
-    return Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
-
-
-def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
-    """Back and forward substitution: the plan, and the feedforward terms k."""
-    n = rhs.x_init.shape[0]
-
-    def backward(v, data):
-        K, Quu_inv, V_next, F, c, f = data
-        w = lanes.materialize(lambda v, V, f: v + lanes.matvec(V, f), v, V_next, f)
-        q = lanes.materialize(lambda c, F, w: c + lanes.matvec_t(F, w), c, F, w)
-        k = -lanes.matvec(Quu_inv, q[n:])
-        v = q[:n] + lanes.matvec_t(K, q[n:])
-        return v, (k, v)
-
-    data = (factors.K, factors.Quu_inv, factors.V[1:], F, rhs.c, rhs.f)
-    _, (k, v) = lax.scan(backward, rhs.c_final, data, reverse=True)
-
-    def forward(x, data):
-        K, k, F, f = data
-        u = lanes.materialize(lambda K, k, x: lanes.matvec(K, x) + k, K, k, x)
-        return lanes.matvec(F[:, :n], x) + lanes.matvec(F[:, n:], u) + f, (x, u)
-
-    x_final, (x, u) = lax.scan(forward, rhs.x_init, (factors.K, k, F, rhs.f))
-    x = jnp.concatenate([x, x_final[None]])
-    affine = jnp.concatenate([v, rhs.c_final[None]])
-    costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
-    return Point(x, u, costate), k
-
-
-# Under vmap the whole batch at once, with the batch on the last axis.
-_factorize = batchwise(factorize, lanes.last(factorize))
-_substitute = batchwise(substitute, lanes.last(substitute))
-
-
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def kkt_solve(
-    factors: Factors, C: Array, F: Array, C_final: Array, free: Array, rhs: Rhs
+    factors: Factors,
+    C: Array,
+    F: Array,
+    C_final: Array,
+    free: Array,
+    rhs: Rhs,
+    method: RiccatiMethod = "auto",
 ) -> tuple[Point, Array]:
     """The point where the LQR's Lagrangian is stationary, and the feedforward terms.
 
@@ -176,20 +61,20 @@ def kkt_solve(
     Hessian in y = (z, λ), the derivative is dy = −M⁻¹ d(∇L). M is symmetric, so for a cotangent ȳ
     the backward pass solves M w = −ȳ, the same LQR with c = z̄, f = λ̄ and x_init = λ̄_0, and
     returns the derivative of wᵀ∇L in the data (eq. 8 and 9). The feedforward terms are not
-    differentiable here.
+    differentiable here. ``method`` is that of ``lqr_solve``, for the backward pass too.
     """
-    return _substitute(factors, F, rhs)
+    return _substitute(factors, F, rhs, method)
 
 
-def _kkt_solve_fwd(factors, C, F, C_final, free, rhs):
+def _kkt_solve_fwd(factors, C, F, C_final, free, rhs, method):
     # Calling the function itself keeps the saved output differentiable: second derivatives.
-    out = kkt_solve(factors, C, F, C_final, free, rhs)
+    out = kkt_solve(factors, C, F, C_final, free, rhs, method)
     return out, (factors, C, F, C_final, free, out[0])
 
 
-def _kkt_solve_bwd(saved, cotangent):
+def _kkt_solve_bwd(method, saved, cotangent):
     factors, C, F, C_final, free, point = saved
-    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent[0]))
+    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent[0]), method)
     z = jnp.concatenate([point.x[:-1], point.u], axis=1)
     wz = jnp.concatenate([w.x[:-1], w.u], axis=1)
     C_bar = _symmetric_outer(wz, z)
@@ -221,24 +106,26 @@ def _symmetric_outer(a, b):
     return (_outer(a, b) + _outer(b, a)) * 0.5
 
 
-@jax.custom_vjp
-def _attach_gains(gains, C, F, C_final, free, rhs):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attach_gains(gains, C, F, C_final, free, rhs, method):
     """The identity on the gains (K, k); their derivative is that of the recursion itself."""
     return gains
 
 
-def _attach_gains_fwd(gains, C, F, C_final, free, rhs):
+def _attach_gains_fwd(gains, C, F, C_final, free, rhs, method):
     # The gains were computed from constants: only through this function do they move.
-    gains = _attach_gains(gains, C, F, C_final, free, rhs)
+    gains = _attach_gains(gains, C, F, C_final, free, rhs, method)
     return gains, (C, F, C_final, free, rhs)
 
 
-def _attach_gains_bwd(saved, cotangent):
+def _attach_gains_bwd(method, saved, cotangent):
     C, F, C_final, free, rhs = saved
 
+    module = parallel if method == "parallel" else riccati
+
     def recursion(C, F, C_final, rhs):
-        factors = factorize(C, F, C_final, free)
-        return factors.K, substitute(factors, F, rhs)[1]
+        factors = module.factorize(C, F, C_final, free)
+        return factors.K, module.substitute(factors, F, rhs)[1]
 
     _, vjp = jax.vjp(recursion, C, F, C_final, rhs)
     C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
@@ -258,6 +145,7 @@ def lqr_solve(
     C_final: ArrayLike | None = None,
     c_final: ArrayLike | None = None,
     free: ArrayLike | None = None,
+    method: RiccatiMethod = "auto",
 ) -> LQRSolution:
     """The finite-horizon linear-quadratic regulator with pinned controls.
 
@@ -277,6 +165,12 @@ def lqr_solve(
       C_final: [n, n], 0 by default; only its symmetric part counts.
       c_final: [n], 0 by default.
       free: [T, m] bool, all True by default; False pins that control to 0.
+      method: "sequential" goes through the horizon stage by stage; "parallel" does all stages at
+        once, in O(log T) steps, forward and backward, for long horizons on hardware that is wide
+        enough: it does several times the arithmetic and takes longer to compile. It agrees with
+        the sequential result to rounding, and where it would not, that is what comes back, at the
+        price of both. "auto" is sequential: on CPU the parallel solve was far slower for a
+        batch, and no clear gain for one problem. Other hardware was not measured.
 
     Returns:
       An ``LQRSolution`` with x [T+1, n], u [T, m], costate [T+1, n], K [T, m, n], k [T, m].
@@ -286,16 +180,17 @@ def lqr_solve(
 
     Raises:
       TypeError: an argument is not real floating-point (``free``: not boolean).
-      ValueError: a shape does not fit the others.
+      ValueError: a shape does not fit the others, or ``method`` is none of the above.
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 1 and Module 1, extended by the terminal
-    cost and the mask.
+    cost and the mask. The parallel method: Särkkä and García-Fernández 2023 (arXiv:2104.03186).
     """
+    validation.check_choice("method", method, get_args(RiccatiMethod))
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
     rhs = Rhs(args.x_init, args.c, args.f, args.c_final)
-    factors = _factorize(*lax.stop_gradient((C, args.F, C_final)), args.free)
-    (x, u, costate), k = kkt_solve(factors, C, args.F, C_final, args.free, rhs)
-    K, k = _attach_gains((factors.K, k), C, args.F, C_final, args.free, rhs)
+    factors = factorize(*lax.stop_gradient((C, args.F, C_final)), args.free, method)
+    (x, u, costate), k = kkt_solve(factors, C, args.F, C_final, args.free, rhs, method)
+    K, k = _attach_gains((factors.K, k), C, args.F, C_final, args.free, rhs, method)
     return LQRSolution(x, u, costate, K, k)

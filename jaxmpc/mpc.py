@@ -16,6 +16,7 @@ value with a zero tangent, so an outer differentiation sees the point move: ever
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,20 +26,13 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, validation
+from jaxmpc import parallel, problem, riccati, validation
 from jaxmpc.expansions import first_order, second_order, stage_costs, stages
-from jaxmpc.ilqr import solver
-from jaxmpc.lqr import (
-    Factors,
-    Point,
-    Rhs,
-    adjoint_cotangent,
-    adjoint_rhs,
-    factorize,
-    kkt_solve,
-)
+from jaxmpc.ilqr import Linearization, solver
+from jaxmpc.lqr import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
 from jaxmpc.problem import Data, Model
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.riccati import Point, Rhs
+from jaxmpc.types import Options, RiccatiMethod, Solution, Status
 
 
 def mpc_solve(
@@ -113,24 +107,24 @@ def _differentiable(model: Model):
     """The solution of ``model`` as a differentiable function of (data, options)."""
 
     @jax.custom_jvp
-    def fixed(data: Data, options: Options) -> tuple[Solution, Factors]:
+    def fixed(data: Data, options: Options) -> tuple[Solution, Linearization]:
         return solver(model)(data, options)
 
     def fixed_rule(primals, _):
-        out = solution_and_factors(*primals)
+        out = solved(*primals)
         return out, jax.tree.map(SymbolicZero.from_primal_value, out)
 
     fixed.defjvp(fixed_rule, symbolic_zeros=True)
 
-    def solution_and_factors(data, options):
-        solution, factors = fixed(data, options)
-        return _with_derivatives(model, data, options, solution, factors), factors
+    def solved(data, options):
+        solution, linearization = fixed(data, options)
+        return _with_derivatives(model, data, options, solution, linearization), linearization
 
-    return lambda data, options: solution_and_factors(data, options)[0]
+    return lambda data, options: solved(data, options)[0]
 
 
 def _with_derivatives(
-    model: Model, data: Data, options: Options, solution: Solution, factors: Factors
+    model: Model, data: Data, options: Options, solution: Solution, linearization: Linearization
 ) -> Solution:
     """``solution`` with its derivatives: x, u and costate by the implicit function theorem,
     the objective by the envelope theorem, the gains by that of their recursion."""
@@ -146,24 +140,21 @@ def _with_derivatives(
     safe, theta = _stand_in(solved, (point, data.theta))
     free = solution.free
 
-    held = _constant(theta)
-    first = first_order(model, held, *safe[:2])
-    second = second_order(model, held, *safe)
     exact = options.backward_hessian == "exact"
-    matrices = (second.H if exact else second.C, first.F, second.C_final)
-    factors, matrices = _zeros_unless(used, (factors, matrices))
+    factors, *expansion = _zeros_unless(used, linearization)
+    *matrices, multiplier = _attach_expansion(model, exact)(expansion, safe, _constant(theta))
     if not exact:
-        C, F, C_final = lax.stop_gradient(matrices)
-        factors = factorize(C, F, C_final, free)
+        factors = factorize(*lax.stop_gradient(matrices), free, options.riccati)
 
-    multiplier = first.control_cost + first.control_pull
     gap = _bound_gap(data, safe.u, free, multiplier)
     residual = _kkt_residual(model, theta, data.x_init, safe)
-    x, u, costate = _attach(point, residual, gap, factors, matrices, free, policy)
+    x, u, costate = _attach(
+        point, residual, gap, factors, matrices, free, policy, options.riccati
+    )
     lagrangian = _lagrangian(model, theta, data.x_init, safe)
     objective = _attach_value(solution.objective, lagrangian, gap, multiplier, policy)
     moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), Point(x, u, costate), safe)
-    K = _attach_gains(model)(solution.K, moving, theta, free, policy)
+    K = _attach_gains(model, options.riccati)(solution.K, moving, theta, free, policy)
     return dataclasses.replace(solution, x=x, u=u, costate=costate, objective=objective, K=K)
 
 
@@ -210,8 +201,31 @@ def _bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
     return jnp.where(free, 0, bound - u)
 
 
-@jax.custom_vjp
-def _attach(point: Point, residual: Rhs, gap: Array, factors, matrices, free, policy) -> Point:
+def _attach_expansion(model: Model, exact: bool):
+    """The identity on [hessian, F, C_final, ∇_u J] at a point, as functions of it and of theta."""
+
+    @jax.custom_vjp
+    def attach(expansion, point, theta):
+        return expansion
+
+    def bwd(saved, cotangent):
+        def expand(point, theta):
+            first = first_order(model, theta, point.x, point.u)
+            second = second_order(model, theta, *point)
+            gradient = first.control_cost + first.control_pull
+            return [second.H if exact else second.C, first.F, second.C_final, gradient]
+
+        _, vjp = jax.vjp(expand, *saved)
+        return None, *vjp(cotangent)
+
+    attach.defvjp(lambda expansion, *at: (attach(expansion, *at), at), bwd)
+    return attach
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attach(
+    point: Point, residual: Rhs, gap: Array, factors, matrices, free, policy, method
+) -> Point:
     """The identity on ``point``, as a function of the KKT residual and the bounds.
 
     With M the Hessian of the Lagrangian in y = (x, u, λ), free controls only, dy = −M⁻¹ d(∇L):
@@ -221,15 +235,15 @@ def _attach(point: Point, residual: Rhs, gap: Array, factors, matrices, free, po
     return point
 
 
-def _attach_fwd(point, residual, gap, factors, matrices, free, policy):
+def _attach_fwd(point, residual, gap, factors, matrices, free, policy, method):
     return point, (factors, matrices, free, policy)
 
 
-def _attach_bwd(saved, cotangent: Point):
+def _attach_bwd(method, saved, cotangent: Point):
     factors, (C, F, C_final), free, (used, blank) = saved
     n = C_final.shape[0]
     cotangent = _zeros_unless(used, cotangent)
-    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent))
+    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent), method)
     residual_bar = adjoint_cotangent(w)
     pull = jnp.einsum("tij,tj->ti", C[:, n:], residual_bar.c)
     pull += jnp.einsum("tij,ti->tj", F[:, :, n:], w.costate[1:])
@@ -263,7 +277,9 @@ def _attach_value_bwd(saved, cotangent):
 _attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
 
 
-def _attach_gains(model: Model):
+def _attach_gains(model: Model, method: RiccatiMethod):
+    module = parallel if method == "parallel" else riccati
+
     @jax.custom_vjp
     def attach(K, point, theta, free, policy):
         return K
@@ -274,7 +290,7 @@ def _attach_gains(model: Model):
         def gains(point, theta):
             F = first_order(model, theta, point.x, point.u).F
             second = second_order(model, theta, *point)
-            return factorize(second.H, F, second.C_final, free).K
+            return module.factorize(second.H, F, second.C_final, free).K
 
         _, vjp = jax.vjp(gains, point, theta)
         point_bar, theta_bar = vjp(jnp.where(used, cotangent, blank))
@@ -336,8 +352,13 @@ def _borrow(solved, tree):
 def _borrow_batched(size, batched, solved, tree):
     solved_batched, tree_batched = batched
     solved = solved if solved_batched else jnp.broadcast_to(solved, size)
-    donor = jnp.argmax(solved)
-    lent = jax.tree.map(lambda a, own: a[donor] if own else a, tree, tree_batched)
+    donor = jnp.arange(size) == jnp.min(jnp.where(solved, jnp.arange(size), size))
+
+    def pick(a):  # Of a batch that is spread over devices, an index would gather all of it.
+        mine = jnp.where(donor.reshape(size, *[1] * (a.ndim - 1)), a, jnp.zeros((), a.dtype))
+        return jnp.sum(mine, 0, dtype=a.dtype)
+
+    lent = jax.tree.map(lambda a, own: pick(a) if own else a, tree, tree_batched)
     lent = _borrow(jnp.any(solved), lent)  # an outer batch may have somebody
 
     def one(leaf, lent, own):

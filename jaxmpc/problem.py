@@ -109,7 +109,9 @@ def _abstract(a: Array, dtype) -> jax.ShapeDtypeStruct:
 
 def _hoist(fn, args):
     """``fn`` as a function of (constants, *args), its constants, and its output's shape."""
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    # Without the mesh of devices that is in use: the solver deals the batch out itself.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
 
     def hoisted(constants, *args):
         flat = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))

@@ -12,8 +12,8 @@ from jax import Array, lax
 from jaxmpc import lanes
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import rollout, stage_costs, stages
-from jaxmpc.lqr import Factors, masked_inverse, quadratic_form, value_hessian
 from jaxmpc.problem import Data, Model
+from jaxmpc.riccati import Factors, gains, masked_inverse, quadratic_form, value_hessian
 
 _MAX_TRIES = 6  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
@@ -81,9 +81,9 @@ def backward_pass(
         Q, size = quadratic_form(H, F, V)
         q = lanes.materialize(lambda c, F, v: c + lanes.matvec_t(F, v), c, F, v)
         Quu = Q[n:, n:]
-        convex, low, high, curvature = lanes.materialize(convexify, Quu, low, high, held, size)
-        d, Quu_inv, free = lanes.materialize(qp, convex, q[n:], low, high, size)
-        K = lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[n:, :n]), Quu_inv, Q)
+        convex, low, high, curvature = lanes.materialize(convexify, Quu, low, high, held, size[n:])
+        d, Quu_inv, free = lanes.materialize(qp, convex, q[n:], low, high, size[n:])
+        K = gains(Quu_inv, Q)
         V = value_hessian(Q, K, n)
         Quu_d = lanes.matvec(Quu, d)
         v = q[:n] + lanes.matvec_t(K, q[n:] + Quu_d) + lanes.matvec(Q[:n, n:], d)

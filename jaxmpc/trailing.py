@@ -17,8 +17,8 @@ from jax.extend import core
 from jaxmpc import lanes
 
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
     is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow rem round
     rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
@@ -58,7 +58,10 @@ def vmap(fn, batched, batch: tuple[int, ...]):
 
 
 def _broadcast(a, own: bool, batch):
-    return a if own else jnp.broadcast_to(jnp.reshape(a, jnp.shape(a) + (1,) * len(batch)), jnp.shape(a) + batch)
+    if own:
+        return a
+    shape = jnp.shape(a)
+    return jnp.broadcast_to(jnp.reshape(a, shape + (1,) * len(batch)), shape + batch)
 
 
 def _evaluate(closed: core.ClosedJaxpr, args, batch):

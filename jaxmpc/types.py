@@ -8,6 +8,8 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
+RiccatiMethod = Literal["auto", "sequential", "parallel"]
+
 
 class Status(enum.IntEnum):
     """How one problem ended. In a batch, ``solution.status`` holds one per problem.
@@ -58,6 +60,9 @@ class Options:
       unconverged: the gradient of a problem that did not converge: "zero" (the default: one bad
         problem must not poison a training step, so log the share that converged), "nan", or
         "implicit" (as if it had converged; zero where the point is not finite or not feasible).
+      riccati: how the linear system of the backward pass of ``mpc_solve`` is solved: "sequential"
+        (stage by stage), "parallel" (O(log T) steps, for long horizons on wide hardware) or
+        "auto", which is sequential at present. See ``method`` of ``lqr_solve``.
     """
 
     tolerance: ArrayLike | None = None
@@ -73,6 +78,7 @@ class Options:
     unconverged: Literal["zero", "nan", "implicit"] = dataclasses.field(
         default="zero", metadata=dict(static=True)
     )
+    riccati: RiccatiMethod = dataclasses.field(default="auto", metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

@@ -12,8 +12,8 @@ from jaxmpc import lanes, problem, validation
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import first_order, second_order
 from jaxmpc.ilqr import assess, tolerances
-from jaxmpc.lqr import factorize, masked_inverse
 from jaxmpc.problem import Data, Model
+from jaxmpc.riccati import factorize, masked_inverse
 from jaxmpc.steps import (
     Iterate,
     Step,

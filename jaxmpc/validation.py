@@ -1,14 +1,14 @@
 """Checks of what users pass, at trace time: every message names the argument, what came and what
 was expected. Values can only be checked where they are concrete; traced ones end in a status."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmpc.types import Options
+from jaxmpc.types import Options, RiccatiMethod
 
 
 def floating(name: str, value) -> Array:
@@ -155,16 +155,20 @@ _CHOICES = dict(
     hessian=("exact", "ilqr"),
     backward_hessian=("exact", "ilqr"),
     unconverged=("zero", "nan", "implicit"),
+    riccati=get_args(RiccatiMethod),
 )
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_options(options: Any) -> None:
     if not isinstance(options, Options):
         raise TypeError(f"options must be a jaxmpc.Options, got {type(options).__name__}")
     for name, choices in _CHOICES.items():
-        value = getattr(options, name)
-        if value not in choices:
-            raise ValueError(f"options.{name} must be one of {choices}, got {value!r}")
+        check_choice(f"options.{name}", getattr(options, name), choices)
     checks = dict(
         tolerance=("positive", lambda v: v > 0),
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),

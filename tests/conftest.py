@@ -1,4 +1,4 @@
 import jax
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", 4)  # for what concerns sharding
+jax.config.update("jax_num_cpu_devices", 8)  # for what concerns sharding

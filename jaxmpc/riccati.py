@@ -1,0 +1,165 @@
+"""The Riccati recursion, one stage after the other: the factorization of the LQR's KKT matrix, and
+the substitutions that solve with it.
+
+For one problem, or for a batch on the last axis of every array (``lanes``).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmpc import lanes
+
+# Up to this many controls the elimination of one stage is unrolled at trace time.
+_MAX_UNROLLED = 8
+
+
+class Factors(NamedTuple):
+    """The Riccati factorization of the KKT matrix; pinned rows of K and Quu_inv are 0."""
+
+    K: Array  # [T, m, n]
+    Quu_inv: Array  # [T, m, m], the inverse on the free controls
+    V: Array  # [T+1, n, n], the Hessian of the optimal cost-to-go
+    curvature: Array  # [T], the smallest pivot of Q_uu on the free controls, relative
+
+
+class Rhs(NamedTuple):
+    """What the KKT system is solved for: the terms of the LQR that C and F do not hold."""
+
+    x_init: Array  # [n]
+    c: Array  # [T, n+m]
+    f: Array  # [T, n]
+    c_final: Array  # [n]
+
+
+class Point(NamedTuple):
+    """A plan with its states and costates: the unknowns of the KKT system."""
+
+    x: Array  # [T+1, n]
+    u: Array  # [T, m]
+    costate: Array  # [T+1, n]
+
+
+def masked_inverse(Q, free, scale):
+    """The inverse of Q [m,m] on its free rows and columns, 0 elsewhere; and its smallest pivot.
+
+    The pivots are the D of LDLᵀ: positive exactly where Q is positive definite on the free
+    controls. They come relative to ``scale`` [m], the size of the terms that were summed in Q's
+    diagonal, since a pivot at their rounding level has no sign; pinned rows count as 1.
+
+    Sweeping every pivot of a symmetric matrix leaves −Q⁻¹ in its place, in m rank-one updates:
+    no LAPACK call, no square root, and an indefinite Q is still inverted.
+    """
+    m = free.shape[0]
+    if m == 1:
+        inverse = jnp.where(free, 1 / Q[0], 0)
+        return inverse[None], jnp.where(free, Q[0] / scale, 1)[0]
+    both = free[:, None] & free[None, :]
+    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2))
+    relative = jnp.where(free, 1 / scale, 1)
+    smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
+
+    def eliminate(k, carry):
+        A, smallest = carry
+        return _sweep(A, k), jnp.minimum(smallest, A[k, k] * relative[k])
+
+    if m <= _MAX_UNROLLED:
+        for k in range(m):
+            A, smallest = lanes.materialize(functools.partial(eliminate, k), (A, smallest))
+    else:
+        A, smallest = lax.fori_loop(0, m, eliminate, (A, smallest))
+    return jnp.where(both, -A, 0), smallest
+
+
+def _sweep(A, k):
+    here = (jnp.arange(A.shape[0]) == k).reshape((-1,) + (1,) * (A.ndim - 1))
+    row, column = here, here.reshape((1, -1) + (1,) * (A.ndim - 2))
+    reciprocal = 1 / A[k, k]
+    scaled = A[k] * reciprocal
+    rest = A - A[:, k, None] * scaled
+    return jnp.where(
+        row & column,
+        -reciprocal,
+        jnp.where(row, scaled, jnp.where(column, scaled[:, None], rest)),
+    )
+
+
+def quadratic_form(C, F, V):
+    """Q = C + Fᵀ V F, and the size of its diagonal's terms before they cancel."""
+    n = V.shape[0]
+    VF = lanes.materialize(lanes.matmul, V, F)
+
+    def combine(C, F, VF):
+        pull = lanes.sum_of(F[k] * VF[k] for k in range(n))
+        size = jnp.abs(lanes.diagonal(C)) + jnp.abs(pull)
+        return C + lanes.matmul_t(F, VF), size
+
+    return lanes.materialize(combine, C, F, VF)
+
+
+def value_hessian(Q, K, n):
+    """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
+
+    def combine(Q, K, half):
+        V = Q[:n, :n] + lanes.matmul_t(half, K) + lanes.matmul_t(K, half)
+        return (V + lanes.transpose(V)) * 0.5
+
+    half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
+    return lanes.materialize(combine, Q, K, half)
+
+
+def riccati_stage(C, F, free, V):
+    """One stage of the recursion from the next one's V: its ``Factors``, and the size of the terms
+    of Q's diagonal."""
+    n = V.shape[0]
+    Q, size = quadratic_form(C, F, V)
+    Quu_inv, curvature = masked_inverse(Q[n:, n:], free, size[n:])
+    K = gains(Quu_inv, Q)
+    return Factors(K, Quu_inv, value_hessian(Q, K, n), curvature), size
+
+
+def gains(Quu_inv, Q):
+    """K = −Q_uu⁻¹ Q_ux."""
+    m = Quu_inv.shape[0]
+    return lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[-m:, :-m]), Quu_inv, Q)
+
+
+def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
+    """The backward recursion of Algorithm 1 on the matrices alone."""
+
+    def stage(V, data):
+        factors, _ = riccati_stage(*data, V)
+        return factors.V, factors
+
+    _, (K, Quu_inv, V, curvature) = lax.scan(stage, C_final, (C, F, free), reverse=True)
+    return Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
+
+
+def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
+    """Back and forward substitution: the plan, and the feedforward terms k."""
+    n = rhs.x_init.shape[0]
+
+    def backward(v, data):
+        K, Quu_inv, V_next, F, c, f = data
+        w = lanes.materialize(lambda v, V, f: v + lanes.matvec(V, f), v, V_next, f)
+        q = lanes.materialize(lambda c, F, w: c + lanes.matvec_t(F, w), c, F, w)
+        k = -lanes.matvec(Quu_inv, q[n:])
+        v = q[:n] + lanes.matvec_t(K, q[n:])
+        return v, (k, v)
+
+    data = (factors.K, factors.Quu_inv, factors.V[1:], F, rhs.c, rhs.f)
+    _, (k, v) = lax.scan(backward, rhs.c_final, data, reverse=True)
+
+    def forward(x, data):
+        K, k, F, f = data
+        u = lanes.materialize(lambda K, k, x: lanes.matvec(K, x) + k, K, k, x)
+        return lanes.matvec(F[:, :n], x) + lanes.matvec(F[:, n:], u) + f, (x, u)
+
+    x_final, (x, u) = lax.scan(forward, rhs.x_init, (factors.K, k, F, rhs.f))
+    x = jnp.concatenate([x, x_final[None]])
+    affine = jnp.concatenate([v, rhs.c_final[None]])
+    costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
+    return Point(x, u, costate), k
