@@ -29,10 +29,13 @@ from jaxmpc.steps import (
     rounding,
     select,
 )
+from jaxmpc.turns import in_turns
 from jaxmpc.types import Options, Solution, Status
 
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 _RUNNING = -1  # the status of a problem that goes on
+# So many problems at once fill the vector units and stay in the caches; elsewhere, all of them.
+_LANES = {"cpu": 128}
 
 
 class Linearization(NamedTuple):
@@ -93,7 +96,11 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
     residual = lanes.largest(jnp.where(held, 0, jnp.abs(gradient)), 2)
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
-    finite = all_finite((point, first, second), residual.ndim)
+    # What these do not show to be finite enters none of the others.
+    shown = (x, point.costs, first.c, first.F, first.costate, second.H, second.C_final)
+    finite = functools.reduce(
+        jnp.logical_and, (lanes.every(jnp.isfinite(a), a.ndim - residual.ndim) for a in shown)
+    )
     return Assessment(
         first=first,
         second=second,
@@ -104,15 +111,6 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
         relative=residual / jnp.maximum(1, lanes.largest(terms, 2)),
         finite=finite,
     )
-
-
-def all_finite(tree, batch_axes: int) -> Array:
-    """Per problem, whether all of its entries are finite."""
-    leaves = [
-        lanes.every(jnp.isfinite(a), a.ndim - batch_axes)
-        for a in jax.tree.leaves(tree)
-    ]
-    return functools.reduce(jnp.logical_and, leaves)
 
 
 def tolerances(options: Options, dtype) -> tuple[Array, Array]:
@@ -132,115 +130,171 @@ def tolerances(options: Options, dtype) -> tuple[Array, Array]:
 
 def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linearization]:
     """Solve one problem, or a batch; the linearization is that at the returned point."""
+    wanted = jnp.ones(data.x_init.shape[1:], bool)
+    end = lax.while_loop(
+        lambda s: jnp.any(s.status == _RUNNING),
+        lambda s: _trip(model, data, options, s),
+        _start(model, data, options, wanted),
+    )
+    return _report(end)
+
+
+def solver(model: Model):
+    """``forward`` of ``model``; under ``vmap`` the whole batch at once, on lanes."""
+
+    def many(size, batched, *problems):
+        width = min(size, _LANES.get(jax.default_backend(), size))
+
+        def take(index):
+            def one(a, own):
+                if not own:
+                    return a
+                return jnp.moveaxis(a if index is None else a[index], 0, -1)
+
+            data, options = jax.tree.map(one, problems, tuple(batched))
+            shared = jax.tree.map(lambda own: not own, batched[0][1:])
+            arrays = jax.tree.map(
+                lambda a, own: jnp.broadcast_to(a[..., None], (*a.shape, width)) if own else a,
+                data[1:],
+                shared,
+            )
+            return Data(data.theta, *arrays), options
+
+        lifted = model._replace(batch=(width,), batched=batched[0].theta)
+        if width == size:
+            out = forward(lifted, *take(None))
+            return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+        return in_turns(
+            size,
+            width,
+            take,
+            start=lambda problems, wanted: _start(lifted, *problems, wanted),
+            step=lambda problems, s: _trip(lifted, *problems, s),
+            running=lambda s: s.status == _RUNNING,
+            report=_report,
+        )
+
+    return batchwise(functools.partial(forward, model), many)
+
+
+def _start(model: Model, data: Data, options: Options, wanted: Array) -> _Search:
     lower, upper = data.u_lower, data.u_upper
-    dtype = data.x_init.dtype
-    batch = data.x_init.shape[1:]
-    tolerance, goal = tolerances(options, dtype)
-    decay = jnp.asarray(options.line_search_decay, dtype)
-
-    def trip(s: _Search) -> _Search:
-        here = assess(model, data, s.point)
-        finite = here.finite
-        small = finite & (here.relative <= tolerance)
-        out_of_time = s.iterations >= options.max_iterations
-        moved = s.iterations > 0
-        there = small & (here.relative <= goal)
-        # A step that changed the objective by rounding only has to halve the residual, or there is
-        # nothing more to gain on this way; it has to lower it at all to be kept.
-        settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
-        worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
-        back = moved & ~s.finish & (~finite | worse)
-
-        # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-        certify = there | (small & settled) | s.finish | out_of_time
-        step, factors = propose(data, s.point, here, options, s.regularization, certify)
-        definite = lanes.every(factors.curvature > definite_threshold(dtype))
-        escape = certify & small & ~definite
-        step = lax.cond(
-            jnp.any(escape),
-            lambda: select(escape, along_negative_curvature(data, s.point, here, factors), step),
-            lambda: step,
-        )
-
-        converged = certify & small & definite
-        stuck = certify & ~small
-        stop = ~finite | back | converged | stuck | out_of_time
-        new, search = line_search(
-            model, data, s.point, step, escape, ~stop, rounding(s.point, here.first.costate), decay
-        )
-        moves = ~stop & search.accepted
-        failed = ~stop & ~search.accepted
-        raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
-        lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)
-        limit = raised > _MAX_REGULARIZATION
-        exhausted = (failed & (search.hopeless | limit)) | (back & limit)
-        ends = {
-            Status.NONFINITE: ~finite & ~moved,
-            Status.CONVERGED: converged & ~back,
-            Status.INDEFINITE: escape & ~back & (exhausted | out_of_time),
-            Status.MAX_ITERATIONS: out_of_time & ~back,
-            Status.STALLED: stuck & ~back,
-        }
-        status = jnp.select(list(ends.values()), list(ends), _RUNNING)
-        after = _Search(
-            point=select(back, s.previous, select(moves, new, s.point)),
-            evaluation=evaluation(here, factors),
-            previous=select(moves, s.point, s.previous),
-            previous_residual=jnp.where(moves, here.residual, s.previous_residual),
-            regularization=jnp.where(
-                failed | (moves & (search.alpha < 0.2)) | (back & ~finite) | (settled & ~small),
-                raised,
-                jnp.where(moves & ~search.noisy & (search.alpha == 1), lowered, s.regularization),
-            ),
-            noisy=moves & search.noisy,
-            finish=(back & small) | (exhausted & ~escape),
-            iterations=s.iterations + jnp.where(stop, 0, 1),
-            status=status.astype(jnp.int32),
-        )
-        # The others wait for the last problem of the batch.
-        return select(s.status == _RUNNING, after, s)
-
-    def evaluation(here, factors):
-        exact = options.backward_hessian == "exact"
-        return Evaluation(
-            costate=here.first.costate,
-            free=~here.held,
-            kkt_residual=here.kkt_residual,
-            linearization=Linearization(
-                factors=factors,
-                hessian=here.second.H if exact else here.second.C,
-                F=here.first.F,
-                C_final=here.second.C_final,
-                gradient=here.gradient,
-            ),
-        )
-
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
 
-    def first_evaluation():
+    def evaluation():
         here = assess(model, data, start)
-        no = here.residual < 0
-        return evaluation(here, propose(data, start, here, options, here.residual, no)[1])
+        step = propose(data, start, here, options, here.residual, ~wanted, wanted)
+        return _evaluation(here, step[1], options)
 
-    def blank(shape):
-        return jnp.full(shape.shape, jnp.nan if shape.dtype == dtype else False, shape.dtype)
-
-    one = jnp.ones(batch, dtype)
-    nan = one * jnp.nan
-    search = _Search(
+    nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
+    feasible = lanes.every(lower <= upper, 2)
+    return _Search(
         point=start,
-        evaluation=jax.tree.map(blank, jax.eval_shape(first_evaluation)),
+        evaluation=jax.tree.map(
+            lambda a: jnp.full(a.shape, False if a.dtype == bool else jnp.nan, a.dtype),
+            jax.eval_shape(evaluation),
+        ),
         previous=start,
         previous_residual=nan,
-        regularization=one * jnp.asarray(options.regularization, dtype),
-        noisy=one == 0,
-        finish=one == 0,
-        iterations=jnp.zeros(batch, jnp.int32),
-        status=jnp.where(
-            one.astype(bool) & jnp.all(lower <= upper, axis=(0, 1)), _RUNNING, Status.INFEASIBLE
-        ).astype(jnp.int32),
+        regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
+        noisy=~wanted,
+        finish=~wanted,
+        iterations=jnp.zeros(wanted.shape, jnp.int32),
+        status=jnp.where(wanted & feasible, _RUNNING, Status.INFEASIBLE).astype(jnp.int32),
     )
-    end = lax.while_loop(lambda s: jnp.any(s.status == _RUNNING), trip, search)
+
+
+def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
+    """Evaluate the point of every running problem; stop there, or move on."""
+    dtype = data.x_init.dtype
+    tolerance, goal = tolerances(options, dtype)
+    here = assess(model, data, s.point)
+    running = s.status == _RUNNING
+    finite = here.finite
+    small = finite & (here.relative <= tolerance)
+    out_of_time = s.iterations >= options.max_iterations
+    moved = s.iterations > 0
+    there = small & (here.relative <= goal)
+    # A step that changed the objective by rounding only has to halve the residual, or there is
+    # nothing more to gain on this way; it has to lower it at all to be kept.
+    settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
+    worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
+    back = moved & ~s.finish & (~finite | worse)
+
+    # At a point that may be the last, the exact KKT matrix of the active set; else a step.
+    certify = there | (small & settled) | s.finish | out_of_time
+    step, factors = propose(data, s.point, here, options, s.regularization, certify, running)
+    definite = lanes.every(factors.curvature > definite_threshold(dtype))
+    escape = running & certify & small & ~definite
+    step = lax.cond(
+        jnp.any(escape),
+        lambda: select(escape, along_negative_curvature(data, s.point, here, factors), step),
+        lambda: step,
+    )
+
+    converged = certify & small & definite
+    stuck = certify & ~small
+    stop = ~finite | back | converged | stuck | out_of_time
+    new, search = line_search(
+        model,
+        data,
+        s.point,
+        step,
+        escape,
+        running & ~stop,
+        rounding(s.point, here.first.costate),
+        jnp.asarray(options.line_search_decay, dtype),
+    )
+    moves = ~stop & search.accepted
+    failed = ~stop & ~search.accepted
+    raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
+    lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)
+    limit = raised > _MAX_REGULARIZATION
+    exhausted = (failed & (search.hopeless | limit)) | (back & limit)
+    ends = {
+        Status.NONFINITE: ~finite & ~moved,
+        Status.CONVERGED: converged & ~back,
+        Status.INDEFINITE: escape & ~back & (exhausted | out_of_time),
+        Status.MAX_ITERATIONS: out_of_time & ~back,
+        Status.STALLED: stuck & ~back,
+    }
+    status = jnp.select(list(ends.values()), list(ends), _RUNNING)
+    after = _Search(
+        point=select(back, s.previous, select(moves, new, s.point)),
+        evaluation=_evaluation(here, factors, options),
+        previous=select(moves, s.point, s.previous),
+        previous_residual=jnp.where(moves, here.residual, s.previous_residual),
+        regularization=jnp.where(
+            failed | (moves & (search.alpha < 0.2)) | (back & ~finite) | (settled & ~small),
+            raised,
+            jnp.where(moves & ~search.noisy & (search.alpha == 1), lowered, s.regularization),
+        ),
+        noisy=moves & search.noisy,
+        finish=(back & small) | (exhausted & ~escape),
+        iterations=s.iterations + jnp.where(stop, 0, 1),
+        status=status.astype(jnp.int32),
+    )
+    # The others wait for the last problem of the batch.
+    return select(running, after, s)
+
+
+def _evaluation(here: Assessment, factors: Factors, options: Options) -> Evaluation:
+    exact = options.backward_hessian == "exact"
+    return Evaluation(
+        costate=here.first.costate,
+        free=~here.held,
+        kkt_residual=here.kkt_residual,
+        linearization=Linearization(
+            factors=factors,
+            hessian=here.second.H if exact else here.second.C,
+            F=here.first.F,
+            C_final=here.second.C_final,
+            gradient=here.gradient,
+        ),
+    )
+
+
+def _report(end: _Search) -> tuple[Solution, Linearization]:
     u, x, costs = end.point
     costate, free, kkt_residual, linearization = end.evaluation
     solution = Solution(
@@ -257,22 +311,6 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linea
     return solution, linearization
 
 
-def solver(model: Model):
-    """``forward`` of ``model``; under ``vmap`` the whole batch at once, on lanes."""
-
-    def many(size, batched, data, options):
-        own, _ = batched
-        theta = jax.tree.map(
-            lambda a, own: jnp.moveaxis(a, 0, -1) if own else a, data.theta, own.theta
-        )
-        arrays = jax.tree.map(lambda a, own: lanes.to_last(a, size, own), data[1:], own[1:])
-        model_ = model._replace(batch=(size,), batched=own.theta)
-        out = forward(model_, Data(theta, *arrays), options)
-        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
-
-    return batchwise(functools.partial(forward, model), many)
-
-
 def propose(
     data: Data,
     point: Iterate,
@@ -280,6 +318,7 @@ def propose(
     options: Options,
     regularization: Array,
     certify: Array,
+    running: Array,
 ) -> tuple[Step, Factors]:
     """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
 
@@ -300,7 +339,7 @@ def propose(
 
     with_exact = recursion(exact)
     factors = with_exact[2]
-    fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
+    fine = ~running | certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
     d, free, used, slope, bend = lax.cond(
         jnp.all(fine),
         lambda: with_exact,

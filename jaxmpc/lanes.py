@@ -8,8 +8,6 @@ Conditions that differ between problems, and anything else with one value a prob
 of the batch alone, and NumPy's broadcasting aligns them with every array.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -81,31 +79,17 @@ def sum_of(terms) -> Array:
 
 def total(a: Array, axes: int = 1) -> Array:
     """The sum over the first ``axes`` axes."""
-    return _reduce(jnp.add, jnp.sum, 0, a, axes)
+    return jnp.sum(a, axis=tuple(range(axes)))
 
 
 def largest(a: Array, axes: int = 1) -> Array:
     """The maximum over the first ``axes`` axes."""
-    return _reduce(jnp.maximum, jnp.max, -jnp.inf, a, axes)
+    return jnp.max(a, axis=tuple(range(axes)))
 
 
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
-    return _reduce(jnp.logical_and, jnp.all, True, a, axes)
-
-
-def _reduce(combine, reduction, neutral, a, axes):
-    # XLA reduces leading axes one lane after the other on the CPU; written out, all at once.
-    if a.ndim == axes or jax.default_backend() != "cpu":
-        return reduction(a, axis=tuple(range(axes)))
-    a = a.reshape(-1, *a.shape[axes:])
-    while len(a) > 1:
-        rows = -(-len(a) // _MAX_TERMS)
-        missing = -len(a) % rows
-        a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1), constant_values=neutral)
-        parts = a.reshape(-1, rows, *a.shape[1:])
-        a = materialize(lambda parts: functools.reduce(combine, parts), list(parts))
-    return a[0]
+    return jnp.all(a, axis=tuple(range(axes)))
 
 
 def transpose(A: Array) -> Array:

@@ -58,7 +58,7 @@ def masked_inverse(Q, free, scale):
         inverse = jnp.where(free, 1 / Q[0], 0)
         return inverse[None], jnp.where(free, Q[0] / scale, 1)[0]
     both = free[:, None] & free[None, :]
-    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2))
+    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2).astype(Q.dtype))
     relative = jnp.where(free, 1 / scale, 1)
     smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
 

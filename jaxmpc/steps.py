@@ -192,7 +192,7 @@ def negative_direction(Q, free):
     bound = jnp.max(jnp.sum(jnp.where(both, jnp.abs(Q), 0), axis=1), axis=0)
     bound = jnp.where(bound > 0, bound, 1)
     tiny = jnp.finfo(Q.dtype).tiny
-    power = jnp.where(both, bound * lanes.identity(m, bound.ndim) - Q, 0)
+    power = jnp.where(both, jnp.where(lanes.identity(m, bound.ndim), bound, 0) - Q, 0)
 
     def square(_, power):
         power = power / jnp.maximum(jnp.max(jnp.abs(power), axis=(0, 1)), tiny)

@@ -7,6 +7,7 @@ of operations on long contiguous vectors.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,11 +19,13 @@ from jaxmpc import lanes
 
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow rem round
-    rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+    ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+    pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or".split())
+_SUMS = dict(reduce_sum=jnp.add, reduce_max=jnp.maximum, reduce_min=jnp.minimum)
+_MAX_TERMS = 16  # a sum of so many terms is written out
 # Worth storing: fused into each of their users, they would be computed anew for each derivative.
 _EXPENSIVE = frozenset(
     """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1
@@ -100,8 +103,16 @@ def _apply(eqn, given, batch):
             operands.append(jnp.broadcast_to(a, shape + batch))
         bind = functools.partial(eqn.primitive.bind, **params)
         out = lanes.materialize(bind, *operands) if name in _EXPENSIVE else bind(*operands)
+    elif name in _SUMS and 0 < math.prod(a.shape[i] for i in params["axes"]) <= _MAX_TERMS:
+        # Written out: a reduction would go through one lane after the other.
+        axes = params["axes"]
+        others = [i for i in range(a.ndim) if i not in axes]
+        terms = a.transpose(*axes, *others).reshape(-1, *(a.shape[i] for i in others))
+        out = functools.reduce(_SUMS[name], terms)
     elif name in _REDUCTIONS:
         out = eqn.primitive.bind(a, **params)
+    elif name == "dot_general" and _few_terms(eqn):
+        out = _dot(given, params["dimension_numbers"], batch).astype(eqn.outvars[0].aval.dtype)
     elif name == "broadcast_in_dim":
         dims = (*params["broadcast_dimensions"], *range(len(shape), len(shape) + num))
         out = lax.broadcast_in_dim(a, shape + batch, dims)
@@ -126,6 +137,34 @@ def _apply(eqn, given, batch):
     else:
         return _by_vmap(eqn, given, batch)
     return [(out, True)]
+
+
+def _few_terms(eqn) -> bool:
+    ((contracted, _), _) = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval
+    return (
+        all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars)
+        and 0 < math.prod(left.shape[i] for i in contracted) <= _MAX_TERMS
+        and math.prod(eqn.outvars[0].aval.shape) <= _MAX_TERMS**2
+    )
+
+
+def _dot(given, dimension_numbers, batch):
+    """A product of small arrays as a sum of long ones."""
+    contracted, paired = dimension_numbers
+    sides = []
+    for (a, own), along, pairs in zip(given, contracted, paired, strict=True):
+        a = _broadcast(a, own, batch)
+        ndim = a.ndim - len(batch)
+        others = [i for i in range(ndim) if i not in (*along, *pairs)]
+        shape = [a.shape[i] for i in pairs], [a.shape[i] for i in others]
+        a = a.transpose(*along, *pairs, *others, *range(ndim, a.ndim))
+        terms = math.prod(a.shape[: len(along)])
+        sides.append((a.reshape(terms, *a.shape[len(along) :]), *shape))
+    (left, pairs, rows), (right, _, columns) = sides
+    left = left.reshape(len(left), *pairs, *rows, *[1] * len(columns), *batch)
+    right = right.reshape(len(right), *pairs, *[1] * len(rows), *columns, *batch)
+    return functools.reduce(jnp.add, (left[k] * right[k] for k in range(len(left))))
 
 
 def _by_vmap(eqn, given, batch):

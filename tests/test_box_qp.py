@@ -98,7 +98,7 @@ def test_kkt_conditions_hold_with_clamped_entries_exactly_at_their_bound(m):
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_both_forms_agree(m):
     problems = random_problems(m)
-    assert_close(solve(*problems, form="entries"), solve(*problems, form="vmap"), 1e-12)
+    assert_close(solve(*problems, form="lanes"), solve(*problems, form="vmap"), 1e-12)
 
 
 @pytest.mark.parametrize("m", [1, 3])
@@ -152,7 +152,7 @@ def random_masked(m, count=COUNT):
 
 @pytest.mark.parametrize(
     "m, form",
-    [(1, "entries"), (2, "entries"), (4, "entries"), (1, "arrays"), (4, "arrays"), (10, "arrays")],
+    [(1, "lanes"), (2, "lanes"), (4, "lanes"), (10, "lanes"), (1, "vmap"), (4, "vmap")],
 )
 def test_masked_inverse_and_the_sign_of_its_smallest_pivot(m, form):
     Q, free = random_masked(m)
