@@ -152,11 +152,9 @@ def solver(model: Model):
                 return jnp.moveaxis(a if index is None else a[index], 0, -1)
 
             data, options = jax.tree.map(one, problems, tuple(batched))
-            shared = jax.tree.map(lambda own: not own, batched[0][1:])
+            # States, controls and bounds on every lane; what theta or options share stays shared.
             arrays = jax.tree.map(
-                lambda a, own: jnp.broadcast_to(a[..., None], (*a.shape, width)) if own else a,
-                data[1:],
-                shared,
+                lambda a, own: a if own else lanes.spread(a, width), data[1:], batched[0][1:]
             )
             return Data(data.theta, *arrays), options
 
@@ -359,7 +357,8 @@ def along_negative_curvature(
     n = point.x.shape[1]
     bad = ~(factors.curvature > definite_threshold(point.u.dtype))
     last = T - 1 - jnp.argmax(bad[::-1], axis=0)
-    at_last = jnp.arange(T).reshape((T,) + (1,) * len(batch)) == last  # [T]
+    stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
+    at_last, later = stage == last, stage > last  # [T]
 
     def pick(a):
         """a[last], of each problem."""
@@ -368,7 +367,7 @@ def along_negative_curvature(
 
     B, V = pick(here.first.F[:, :, n:]), pick(factors.V[1:])
     Quu = pick(here.second.H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
-    direction = negative_direction(Quu, pick(~here.held) > 0)
+    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
     lower, upper = pick(data.u_lower), pick(data.u_upper)
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
@@ -380,7 +379,6 @@ def along_negative_curvature(
     length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
     move = jnp.where(direction == 0, 0, length * direction)
     target = point.u + jnp.where(at_last[:, None], move, 0)
-    later = jnp.cumsum(at_last, axis=0) - at_last > 0
     K = jnp.where(later[:, None, None], factors.K, 0)
     zero = jnp.zeros(batch, point.u.dtype)
     return Step(target, K, zero, zero)

@@ -115,12 +115,15 @@ def last(fn):
     """``fn`` on lanes as the second argument of ``batchwise``, where the batch comes first."""
 
     def many(size, batched, *args):
-        args = jax.tree.map(lambda a, own: to_last(a, size, own), args, tuple(batched))
-        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), fn(*args))
+        def take(a, own):
+            return jnp.moveaxis(a, 0, -1) if own else spread(a, size)
+
+        out = fn(*jax.tree.map(take, args, tuple(batched)))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
 
     return many
 
 
-def to_last(a: Array, size: int, own: bool) -> Array:
-    """The batch axis from the first place to the last; copies of what the batch shares."""
-    return jnp.moveaxis(a, 0, -1) if own else jnp.broadcast_to(a[..., None], a.shape + (size,))
+def spread(a: Array, size: int) -> Array:
+    """What a batch shares, for each of its lanes."""
+    return jnp.broadcast_to(a[..., None], (*a.shape, size))

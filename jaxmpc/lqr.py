@@ -19,9 +19,8 @@ from jaxmpc.riccati import Factors, Point, Rhs
 from jaxmpc.types import LQRSolution, RiccatiMethod
 
 # A whole batch at once under vmap, with the batch on the last axis.
-_SEQUENTIAL = {
-    fn: batchwise(fn, lanes.last(fn)) for fn in (riccati.factorize, riccati.substitute)
-}
+_factorize = batchwise(riccati.factorize, lanes.last(riccati.factorize))
+_substitute = batchwise(riccati.substitute, lanes.last(riccati.substitute))
 
 
 def factorize(
@@ -33,13 +32,7 @@ def factorize(
     """
     if method == "parallel":
         return parallel.factorize(C, F, C_final, free)
-    return _SEQUENTIAL[riccati.factorize](C, F, C_final, free)
-
-
-def _substitute(factors: Factors, F: Array, rhs: Rhs, method: RiccatiMethod) -> tuple[Point, Array]:
-    if method == "parallel":
-        return parallel.substitute(factors, F, rhs)
-    return _SEQUENTIAL[riccati.substitute](factors, F, rhs)
+    return _factorize(C, F, C_final, free)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -63,7 +56,9 @@ def kkt_solve(
     returns the derivative of wᵀ∇L in the data (eq. 8 and 9). The feedforward terms are not
     differentiable here. ``method`` is that of ``lqr_solve``, for the backward pass too.
     """
-    return _substitute(factors, F, rhs, method)
+    if method == "parallel":
+        return parallel.substitute(factors, F, rhs)
+    return _substitute(factors, F, rhs)
 
 
 def _kkt_solve_fwd(factors, C, F, C_final, free, rhs, method):

@@ -144,13 +144,12 @@ def _with_derivatives(
     factors, *expansion = _zeros_unless(used, linearization)
     *matrices, multiplier = _attach_expansion(model, exact)(expansion, safe, _constant(theta))
     if not exact:
-        factors = factorize(*lax.stop_gradient(matrices), free, options.riccati)
+        C, F, C_final = lax.stop_gradient(matrices)
+        factors = factorize(C, F, C_final, free, options.riccati)
 
     gap = _bound_gap(data, safe.u, free, multiplier)
     residual = _kkt_residual(model, theta, data.x_init, safe)
-    x, u, costate = _attach(
-        point, residual, gap, factors, matrices, free, policy, options.riccati
-    )
+    x, u, costate = _attach(point, residual, gap, factors, matrices, free, policy, options.riccati)
     lagrangian = _lagrangian(model, theta, data.x_init, safe)
     objective = _attach_value(solution.objective, lagrangian, gap, multiplier, policy)
     moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), Point(x, u, costate), safe)

@@ -10,7 +10,7 @@ from jax import lax
 
 # The share of lanes that may stand idle before new problems come in, all at once: that costs
 # about as much as a step of all lanes.
-_IDLE = 4  # one in so many
+_IDLE = 4
 
 
 def in_turns(size: int, width: int, take, start, step, running, report):
@@ -23,7 +23,7 @@ def in_turns(size: int, width: int, take, start, step, running, report):
       running: (state) -> bool [width].
       report: (state) -> a pytree of arrays with the lanes on the last axis.
     """
-    index = jnp.full(width, size)  # of the problem that a lane works on; `size` for none
+    index = jnp.full(width, size, jnp.int32)  # of the problem that a lane works on; `size` for none
     data = jax.eval_shape(take, index)
     state = jax.eval_shape(start, data, index < size)
     reported = jax.eval_shape(report, state)
@@ -33,8 +33,9 @@ def in_turns(size: int, width: int, take, start, step, running, report):
     def turn(carry):
         state, index, upcoming, rows = carry
         vacant = index == size
-        index = jnp.where(vacant, jnp.minimum(upcoming + jnp.cumsum(vacant) - 1, size), index)
-        upcoming = jnp.minimum(upcoming + jnp.sum(vacant), size)
+        place = upcoming + jnp.cumsum(vacant, dtype=jnp.int32) - 1
+        index = jnp.where(vacant, jnp.minimum(place, size), index)
+        upcoming = jnp.minimum(upcoming + jnp.sum(vacant, dtype=jnp.int32), size)
         data = take(jnp.minimum(index, size - 1))
         fresh = start(data, index < size)
         state = jax.tree.map(lambda a, b: jnp.where(vacant, a, b), fresh, state)
@@ -55,7 +56,7 @@ def in_turns(size: int, width: int, take, start, step, running, report):
     *_, rows = lax.while_loop(
         lambda carry: (carry[2] < size) | jnp.any(carry[1] < size),
         turn,
-        (state, index, jnp.zeros((), index.dtype), rows),
+        (state, index, jnp.int32(0), rows),
     )
     parts, begin = [], 0
     for leaf, number in zip(leaves, columns, strict=True):
