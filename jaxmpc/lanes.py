@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
 
+_CACHE = 40 * 1024  # bytes
 # Sums of up to this many terms are written out; for larger matrices a matrix product pays.
 _MAX_TERMS = 16
 
@@ -111,17 +112,54 @@ def identity(size: int, batch_axes: int) -> Array:
     return jnp.eye(size, dtype=bool).reshape((size, size) + (1,) * batch_axes)
 
 
-def last(fn):
-    """``fn`` on lanes as the second argument of ``batchwise``, where the batch comes first."""
+def last(fn, sizes):
+    """``fn`` on lanes as the second argument of ``batchwise``, where the batch comes first.
+
+    ``sizes(*args)`` are the (n, m) of a problem. A large batch goes through in blocks.
+    """
 
     def many(size, batched, *args):
-        def take(a, own):
-            return jnp.moveaxis(a, 0, -1) if own else spread(a, size)
+        leaves, treedef = jax.tree.flatten(args)
+        flags = jax.tree.leaves(batched)
+        one = [
+            jax.ShapeDtypeStruct(leaf.shape[flag:], leaf.dtype)
+            for leaf, flag in zip(leaves, flags, strict=True)
+        ]
+        n, m = sizes(*jax.tree.unflatten(treedef, one))
+        most = _most((n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one))
+        num_blocks = -(-size // min(size, most))
+        num = -(-size // num_blocks)
 
-        out = fn(*jax.tree.map(take, args, tuple(batched)))
-        return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+        def block(own):
+            own = iter(own)
+            full = [
+                jnp.moveaxis(next(own), 0, -1) if flag else spread(leaf, num)
+                for leaf, flag in zip(leaves, flags, strict=True)
+            ]
+            out = fn(*jax.tree.unflatten(treedef, full))
+            return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+
+        def deal(a):  # The last block may end with copies of the last problem.
+            missing = num_blocks * num - size
+            if missing:
+                a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (missing, *a.shape[1:]))])
+            return a.reshape(num_blocks, num, *a.shape[1:])
+
+        own = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+        if num_blocks == 1:
+            return block(own)
+        out = jax.lax.map(block, [deal(a) for a in own])
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], out)
 
     return many
+
+
+def _most(bytes_each: int) -> int:
+    """How many problems to work on at once: on the CPU, so many that a matrix of each of them
+    fits into the first cache."""
+    if jax.default_backend() != "cpu":
+        return 1 << 30
+    return min(128, max(16, 1 << (_CACHE // bytes_each).bit_length() - 1))
 
 
 def spread(a: Array, size: int) -> Array:

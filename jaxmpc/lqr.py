@@ -18,9 +18,20 @@ from jaxmpc.batching import batchwise
 from jaxmpc.riccati import Factors, Point, Rhs
 from jaxmpc.types import LQRSolution, RiccatiMethod
 
+
+def _on_lanes(fn, sizes):
+    return batchwise(fn, lanes.last(fn, sizes))
+
+
 # A whole batch at once under vmap, with the batch on the last axis.
-_factorize = batchwise(riccati.factorize, lanes.last(riccati.factorize))
-_substitute = batchwise(riccati.substitute, lanes.last(riccati.substitute))
+_factorize = _on_lanes(riccati.factorize, lambda C, F, C_final, free: _sizes(F))
+_substitute = _on_lanes(riccati.substitute, lambda factors, F, rhs: _sizes(F))
+_solve = _on_lanes(riccati.solve, lambda C, F, C_final, free, rhs: _sizes(F))
+
+
+def _sizes(F) -> tuple[int, int]:
+    _, n, both = F.shape
+    return n, both - n
 
 
 def factorize(
@@ -79,6 +90,24 @@ def _kkt_solve_bwd(method, saved, cotangent):
 
 
 kkt_solve.defvjp(_kkt_solve_fwd, _kkt_solve_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attach_plan(point, factors, C, F, C_final, free, rhs, method):
+    """The identity on a solution of ``kkt_solve``, with its derivative."""
+    return point
+
+
+def _attach_plan_fwd(point, factors, C, F, C_final, free, rhs, method):
+    point = _attach_plan(point, factors, C, F, C_final, free, rhs, method)
+    return point, (factors, C, F, C_final, free, point)
+
+
+def _attach_plan_bwd(method, saved, cotangent):
+    return None, *_kkt_solve_bwd(method, saved, (cotangent, None))
+
+
+_attach_plan.defvjp(_attach_plan_fwd, _attach_plan_bwd)
 
 
 def adjoint_rhs(cotangent: Point) -> Rhs:
@@ -185,7 +214,9 @@ def lqr_solve(
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
     rhs = Rhs(args.x_init, args.c, args.f, args.c_final)
-    factors = factorize(*lax.stop_gradient((C, args.F, C_final)), args.free, method)
-    (x, u, costate), k = kkt_solve(factors, C, args.F, C_final, args.free, rhs, method)
-    K, k = _attach_gains((factors.K, k), C, args.F, C_final, args.free, rhs, method)
+    system = C, args.F, C_final, args.free
+    solve = parallel.solve if method == "parallel" else _solve
+    factors, point, k = solve(*lax.stop_gradient((*system, rhs)))
+    x, u, costate = _attach_plan(point, factors, *system, rhs, method)
+    K, k = _attach_gains((factors.K, k), *system, rhs, method)
     return LQRSolution(x, u, costate, K, k)

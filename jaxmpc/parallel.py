@@ -53,6 +53,13 @@ def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     return Point(x, _apply(K, x[:-1]) + k, _apply(V, x) + v), k
 
 
+def solve(
+    C: Array, F: Array, C_final: Array, free: Array, rhs: Rhs
+) -> tuple[Factors, Point, Array]:
+    factors = factorize(C, F, C_final, free)
+    return factors, *substitute(factors, F, rhs)
+
+
 @jax.custom_jvp
 def _cost_to_go(C: Array, F: Array, C_final: Array, free: Array) -> Array:
     """The V [T+1, n, n] of the Riccati recursion."""

@@ -163,3 +163,10 @@ def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     affine = jnp.concatenate([v, rhs.c_final[None]])
     costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
     return Point(x, u, costate), k
+
+
+def solve(
+    C: Array, F: Array, C_final: Array, free: Array, rhs: Rhs
+) -> tuple[Factors, Point, Array]:
+    factors = factorize(C, F, C_final, free)
+    return factors, *substitute(factors, F, rhs)

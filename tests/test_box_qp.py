@@ -22,7 +22,7 @@ def in_form(function, form):
     """``function`` on a batch, compiled; with the batch on the last axis if the form is "lanes"."""
     if form == "vmap":
         return jax.jit(jax.vmap(function))
-    many = lanes.last(function)
+    many = lanes.last(function, lambda Q, q, *_: (0, q.shape[0]))
     return jax.jit(lambda *args: many(len(args[0]), (True,) * len(args), *args))
 
 

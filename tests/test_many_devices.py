@@ -68,7 +68,6 @@ def test_the_gradient_is_that_of_one_device(problems):
     assert got[0].sharding.is_fully_replicated
 
 
-@pytest.mark.xfail(strict=False, reason="the solver does not deal out its batch yet")
 def test_no_device_waits_for_another(spread):
     assert re.findall(COLLECTIVE, spread.as_text()) == []
 
