@@ -354,6 +354,8 @@ def _borrow_batched(size, batched, solved, tree):
     donor = jnp.arange(size) == jnp.min(jnp.where(solved, jnp.arange(size), size))
 
     def pick(a):  # Of a batch that is spread over devices, an index would gather all of it.
+        if not jnp.issubdtype(a.dtype, jnp.number):
+            return a[jnp.argmax(donor)]
         mine = jnp.where(donor.reshape(size, *[1] * (a.ndim - 1)), a, jnp.zeros((), a.dtype))
         return jnp.sum(mine, 0, dtype=a.dtype)
 

@@ -79,11 +79,13 @@ def _evaluate(closed: core.ClosedJaxpr, args, batch):
     values.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         given = [read(atom) for atom in eqn.invars]
-        if not any(own for _, own in given):
-            outs = eqn.primitive.bind(*(a for a, _ in given), **eqn.params)
-            outs = [(a, False) for a in (outs if eqn.primitive.multiple_results else [outs])]
+        name = eqn.primitive.name
+        if name in _CALLS and _CALLS[name] in eqn.params:
+            outs = _evaluate(eqn.params[_CALLS[name]], given, batch)
+        elif any(own for _, own in given):
+            outs = [(a, True) for a in _apply(eqn, given, batch)]
         else:
-            outs = _apply(eqn, given, batch)
+            outs = [(a, False) for a in _bind(eqn, *(a for a, _ in given))]
         values.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -92,8 +94,6 @@ def _apply(eqn, given, batch):
     """One equation of which an operand has the batch."""
     name, params, num = eqn.primitive.name, eqn.params, len(batch)
     shape = eqn.outvars[0].aval.shape
-    if name in _CALLS and _CALLS[name] in params:
-        return _evaluate(params[_CALLS[name]], given, batch)
     a, own = given[0]
     if name in _ELEMENTWISE:
         operands = []
@@ -136,7 +136,7 @@ def _apply(eqn, given, batch):
         out = lax.pad(a, value[0], (*params["padding_config"], *[(0, 0, 0)] * num))
     else:
         return _by_vmap(eqn, given, batch)
-    return [(out, True)]
+    return [out]
 
 
 def _few_terms(eqn) -> bool:
@@ -170,9 +170,14 @@ def _dot(given, dimension_numbers, batch):
 def _by_vmap(eqn, given, batch):
     """Any other primitive, by its own rule for batches."""
     in_axes = tuple(-1 if own else None for _, own in given)
-    fn = functools.partial(eqn.primitive.bind, **eqn.params)
+    fn = functools.partial(_bind, eqn)
     for _ in batch:
         fn = jax.vmap(fn, in_axes, -1)
-    # The first of the batch's axes is the innermost.
-    outs = fn(*(a for a, _ in given))
-    return [(a, True) for a in (outs if eqn.primitive.multiple_results else [outs])]
+    return fn(*(a for a, _ in given))
+
+
+def _bind(eqn, *operands):
+    """The outputs of an equation, whatever its primitive takes besides arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    outs = eqn.primitive.bind(*operands, **params)
+    return outs if eqn.primitive.multiple_results else [outs]

@@ -45,7 +45,7 @@ def problems(num):
     x_init[3], x_init[num - 1] = np.nan, np.nan
     upper[5] = -3.0
     max_iterations = np.full(num, 200, np.int32)
-    max_iterations[7] = 1
+    max_iterations[1] = 1
     return x_init, physics, upper, max_iterations
 
 
