@@ -46,8 +46,9 @@ gradients: .venv/.test
 demo: .venv/.demo
 	$(BIN)/python -m jaxmpc.demo
 
+# A process per core; the tests of a file stay together, for they share compiled programs.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
