@@ -72,6 +72,7 @@ def _stage_functions(model: Model, n: int):
     return cost, dynamics
 
 
+@lanes.any_rank
 def first_order(model: Model, theta: Theta, x: Array, u: Array) -> FirstOrder:
     """Gradients, Jacobians and costates along the rollout x of u."""
     n = x.shape[1]
@@ -95,6 +96,7 @@ def first_order(model: Model, theta: Theta, x: Array, u: Array) -> FirstOrder:
     return FirstOrder(c, F, c_final, costate, c[:, n:], pull)
 
 
+@lanes.any_rank
 def second_order(model: Model, theta: Theta, x: Array, u: Array, costate: Array) -> SecondOrder:
     """Hessians of the cost and of the Hamiltonian along the rollout."""
     n = x.shape[1]

@@ -128,6 +128,7 @@ def tolerances(options: Options, dtype) -> tuple[Array, Array]:
     return jnp.asarray(tolerance, dtype), jnp.asarray(goal, dtype)
 
 
+@lanes.any_rank
 def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linearization]:
     """Solve one problem, or a batch; the linearization is that at the returned point."""
     wanted = jnp.ones(data.x_init.shape[1:], bool)
@@ -142,6 +143,7 @@ def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linea
 def solver(model: Model):
     """``forward`` of ``model``; under ``vmap`` the whole batch at once, on lanes."""
 
+    @lanes.any_rank
     def many(size, batched, *problems):
         width = min(size, _LANES.get(jax.default_backend(), size))
 

@@ -8,6 +8,8 @@ Conditions that differ between problems, and anything else with one value a prob
 of the batch alone, and NumPy's broadcasting aligns them with every array.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,6 +18,17 @@ from jax.experimental.xla_metadata import set_xla_metadata
 _CACHE = 40 * 1024  # bytes
 # Sums of up to this many terms are written out; for larger matrices a matrix product pays.
 _MAX_TERMS = 16
+
+
+def any_rank(fn):
+    """``fn`` where NumPy's broadcasting between ranks is allowed, whatever the user allows."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"):
+            return fn(*args, **kwargs)
+
+    return call
 
 
 def materialize(fn, *args):
@@ -127,7 +140,7 @@ def last(fn, sizes):
         ]
         n, m = sizes(*jax.tree.unflatten(treedef, one))
         most = _most((n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one))
-        num_blocks = -(-size // min(size, most))
+        num_blocks = max(1, -(-size // most))
         num = -(-size // num_blocks)
 
         def block(own):

@@ -351,7 +351,8 @@ def _borrow(solved, tree):
 def _borrow_batched(size, batched, solved, tree):
     solved_batched, tree_batched = batched
     solved = solved if solved_batched else jnp.broadcast_to(solved, size)
-    donor = jnp.arange(size) == jnp.min(jnp.where(solved, jnp.arange(size), size))
+    first = jnp.min(jnp.where(solved, jnp.arange(size), size), initial=size)
+    donor = jnp.arange(size) == first
 
     def pick(a):  # Of a batch that is spread over devices, an index would gather all of it.
         if not jnp.issubdtype(a.dtype, jnp.number):

@@ -241,6 +241,7 @@ def _replaced_by(sequential):
     return replace
 
 
+@lanes.any_rank
 def _each_stage(body, *data):
     """``body`` on every stage, with the stages for lanes."""
     out = body(*(jnp.moveaxis(a, 0, -1) for a in data))

@@ -127,6 +127,7 @@ def gains(Quu_inv, Q):
     return lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[-m:, :-m]), Quu_inv, Q)
 
 
+@lanes.any_rank
 def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
     """The backward recursion of Algorithm 1 on the matrices alone."""
 
@@ -138,6 +139,7 @@ def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
     return Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
 
 
+@lanes.any_rank
 def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     """Back and forward substitution: the plan, and the feedforward terms k."""
     n = rhs.x_init.shape[0]

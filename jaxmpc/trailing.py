@@ -107,7 +107,8 @@ def _apply(eqn, given, batch):
         # Written out: a reduction would go through one lane after the other.
         axes = params["axes"]
         others = [i for i in range(a.ndim) if i not in axes]
-        terms = a.transpose(*axes, *others).reshape(-1, *(a.shape[i] for i in others))
+        num_terms = math.prod(a.shape[i] for i in axes)
+        terms = a.transpose(*axes, *others).reshape(num_terms, *(a.shape[i] for i in others))
         out = functools.reduce(_SUMS[name], terms)
     elif name in _REDUCTIONS:
         out = eqn.primitive.bind(a, **params)

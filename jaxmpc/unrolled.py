@@ -76,6 +76,7 @@ def ilqr_unrolled(
     )
 
 
+@lanes.any_rank
 def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> Solution:
     lower, upper = data.u_lower, data.u_upper
     dtype = data.x_init.dtype
