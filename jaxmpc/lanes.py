@@ -172,7 +172,7 @@ def _most(bytes_each: int) -> int:
     fits into the first cache."""
     if jax.default_backend() != "cpu":
         return 1 << 30
-    return min(128, max(16, 1 << (_CACHE // bytes_each).bit_length() - 1))
+    return min(128, max(16, 1 << max(1, _CACHE // bytes_each).bit_length() - 1))
 
 
 def spread(a: Array, size: int) -> Array:

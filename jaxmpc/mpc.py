@@ -142,7 +142,7 @@ def _with_derivatives(
 
     exact = options.backward_hessian == "exact"
     factors, *expansion = _zeros_unless(used, linearization)
-    *matrices, multiplier = _attach_expansion(model, exact)(expansion, safe, _constant(theta))
+    *matrices, multiplier = _attach_expansion(model, exact)(expansion, *_constant((safe, theta)))
     if not exact:
         C, F, C_final = lax.stop_gradient(matrices)
         factors = factorize(C, F, C_final, free, options.riccati)

@@ -93,6 +93,8 @@ def _evaluate(closed: core.ClosedJaxpr, args, batch):
 def _apply(eqn, given, batch):
     """One equation of which an operand has the batch."""
     name, params, num = eqn.primitive.name, eqn.params, len(batch)
+    if eqn.effects or len(eqn.outvars) != 1:
+        return _by_vmap(eqn, given, batch)
     shape = eqn.outvars[0].aval.shape
     a, own = given[0]
     if name in _ELEMENTWISE:
@@ -113,7 +115,7 @@ def _apply(eqn, given, batch):
     elif name in _REDUCTIONS:
         out = eqn.primitive.bind(a, **params)
     elif name == "dot_general" and _few_terms(eqn):
-        out = _dot(given, params["dimension_numbers"], batch).astype(eqn.outvars[0].aval.dtype)
+        out = _dot(given, params["dimension_numbers"], batch)
     elif name == "broadcast_in_dim":
         dims = (*params["broadcast_dimensions"], *range(len(shape), len(shape) + num))
         out = lax.broadcast_in_dim(a, shape + batch, dims)
@@ -144,7 +146,8 @@ def _few_terms(eqn) -> bool:
     ((contracted, _), _) = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval
     return (
-        all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars)
+        len({v.aval.dtype for v in (*eqn.invars, *eqn.outvars)}) == 1
+        and jnp.issubdtype(left.dtype, jnp.floating)
         and 0 < math.prod(left.shape[i] for i in contracted) <= _MAX_TERMS
         and math.prod(eqn.outvars[0].aval.shape) <= _MAX_TERMS**2
     )

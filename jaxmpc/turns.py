@@ -4,6 +4,8 @@ A batch that runs until its last problem has converged mostly waits for a few st
 that is larger than the caches waits for memory. So a fixed number of lanes works through it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,7 +30,9 @@ def in_turns(size: int, width: int, take, start, step, running, report):
     state = jax.eval_shape(start, data, index < size)
     reported = jax.eval_shape(report, state)
     leaves, treedef = jax.tree.flatten(reported)
-    dtype = jnp.result_type(*(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)))
+    # Wide enough for the counts among what is reported.
+    floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    dtype = functools.reduce(jnp.promote_types, floats, jnp.dtype(jnp.float32))
 
     def turn(carry):
         state, index, upcoming, rows = carry
