@@ -274,8 +274,9 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         iterations=s.iterations + jnp.where(stop, 0, 1),
         status=status.astype(jnp.int32),
     )
-    # The others wait for the last problem of the batch.
-    return select(running, after, s)
+    # The others wait for the last problem of the batch. Their point stays, so their evaluation
+    # comes out the same again: the largest arrays need no selection.
+    return select(running, after, s._replace(evaluation=after.evaluation))
 
 
 def _evaluation(here: Assessment, factors: Factors, options: Options) -> Evaluation:
@@ -296,7 +297,11 @@ def _evaluation(here: Assessment, factors: Factors, options: Options) -> Evaluat
 
 def _report(end: _Search) -> tuple[Solution, Linearization]:
     u, x, costs = end.point
-    costate, free, kkt_residual, linearization = end.evaluation
+    feasible = end.status != Status.INFEASIBLE
+    costate, free, kkt_residual, linearization = jax.tree.map(
+        lambda a: jnp.where(feasible, a, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan),
+        end.evaluation,
+    )
     solution = Solution(
         x=x,
         u=u,

@@ -9,6 +9,7 @@ of the batch alone, and NumPy's broadcasting aligns them with every array.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,11 @@ def largest(a: Array, axes: int = 1) -> Array:
 
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
+    inner = math.prod(a.shape[1:axes])
+    if 1 < inner <= _MAX_TERMS**2:
+        # Written out, for a reduction goes through one lane after the other.
+        a = a.reshape(a.shape[0], inner, *a.shape[axes:])
+        a, axes = functools.reduce(jnp.logical_and, (a[:, i] for i in range(inner))), 1
     return jnp.all(a, axis=tuple(range(axes)))
 
 

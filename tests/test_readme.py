@@ -3,19 +3,24 @@
 import re
 from pathlib import Path
 
+import jax
+
 import jaxmpc
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_examples_run(capsys):
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     namespace: dict = {}
-    exec(compile(code, str(README), "exec"), namespace)
+    for code in examples:
+        exec(compile(code, str(README), "exec"), namespace)
     printed = capsys.readouterr().out
     assert "128 problems" in printed
     assert re.search(r"CONVERGED +128 +100\.0 %", printed)
     assert "Physics(g=Array(" in printed
+    plans = namespace["plans"]  # of the example with several devices
+    assert len(plans.u.sharding.device_set) == jax.device_count() > 1
 
 
 def test_every_public_function_is_mentioned():
