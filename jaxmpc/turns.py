@@ -4,8 +4,6 @@ A batch that runs until its last problem has converged mostly waits for a few st
 that is larger than the caches waits for memory. So a fixed number of lanes works through it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,7 +30,7 @@ def in_turns(size: int, width: int, take, start, step, running, report):
     leaves, treedef = jax.tree.flatten(reported)
     # Wide enough for the counts among what is reported.
     floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    dtype = functools.reduce(jnp.promote_types, floats, jnp.dtype(jnp.float32))
+    dtype = max([jnp.dtype(jnp.float32), *floats], key=lambda dtype: dtype.itemsize)
 
     def turn(carry):
         state, index, upcoming, rows = carry
