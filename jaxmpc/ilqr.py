@@ -183,7 +183,7 @@ def _start(model: Model, data: Data, options: Options, wanted: Array) -> _Search
 
     def evaluation():
         here = assess(model, data, start)
-        step = propose(data, start, here, options, here.residual, ~wanted, wanted)
+        step = propose(data, start, here, options, here.residual, ~wanted)
         return _evaluation(here, step[1], options)
 
     nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
@@ -222,8 +222,8 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     back = moved & ~s.finish & (~finite | worse)
 
     # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-    certify = there | (small & settled) | s.finish | out_of_time
-    step, factors = propose(data, s.point, here, options, s.regularization, certify, running)
+    certify = ~running | there | (small & settled) | s.finish | out_of_time
+    step, factors = propose(data, s.point, here, options, s.regularization, certify)
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
     escape = running & certify & small & ~definite
     step = lax.cond(
@@ -274,8 +274,9 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         iterations=s.iterations + jnp.where(stop, 0, 1),
         status=status.astype(jnp.int32),
     )
-    # The others wait for the last problem of the batch. Their point stays, so their evaluation
-    # comes out the same again: the largest arrays need no selection.
+    # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
+    # point that stays: their evaluation comes out the same again, and the largest arrays need no
+    # selection.
     return select(running, after, s._replace(evaluation=after.evaluation))
 
 
@@ -323,7 +324,6 @@ def propose(
     options: Options,
     regularization: Array,
     certify: Array,
-    running: Array,
 ) -> tuple[Step, Factors]:
     """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
 
@@ -344,7 +344,7 @@ def propose(
 
     with_exact = recursion(exact)
     factors = with_exact[2]
-    fine = ~running | certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
+    fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
     d, free, used, slope, bend = lax.cond(
         jnp.all(fine),
         lambda: with_exact,

@@ -272,3 +272,33 @@ def test_shared_weights_have_no_gradient_per_problem_in_memory():
     # With a stage axis they are the layer's Jacobians; without, weights times problems.
     per_problem = [s for s in shapes if {batch, width} <= set(s) and set(s) & {n, n + 1}]
     assert [s for s in per_problem if 5 not in s] == []
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-30], ids=["default", "out of reach"])
+def test_what_waits_for_the_others_stays_what_it_was(tolerance):
+    """In float32, where most searches end by rounding, each at a trip of its own."""
+    params = pendulum.default_params(jnp.float32)
+    x_init = pendulum.sample_states(jax.random.key(5), 24, jnp.float32)
+    options = Options(tolerance=tolerance, unconverged="implicit")
+
+    def loss(x):
+        solution = mpc_solve(
+            pendulum.cost,
+            pendulum.dynamics,
+            x,
+            jnp.zeros((20, 1), jnp.float32),
+            params,
+            u_lower=-2.0,
+            u_upper=2.0,
+            options=options,
+        )
+        return jnp.sum(jnp.sin(solution.u)), solution
+
+    solve = jax.grad(loss, has_aux=True)
+    slopes, batch = jax.jit(jax.vmap(solve))(x_init)
+    slopes_alone, alone = jax.jit(lambda x: jax.lax.map(solve, x))(x_init)
+    assert len(set(np.asarray(batch.iterations).tolist())) > 2
+    np.testing.assert_array_equal(batch.status, alone.status)
+    np.testing.assert_array_equal(batch.free, alone.free)
+    assert_close((batch.u, batch.K, batch.costate), (alone.u, alone.K, alone.costate), 1e-3)
+    assert_close(slopes, slopes_alone, 1e-3)
