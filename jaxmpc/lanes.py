@@ -36,7 +36,7 @@ def materialize(fn, *args):
     """``fn(*args)``, every result computed once and stored.
 
     XLA fuses a product of small matrices into each of its users and computes it anew for each of
-    their entries: for two products in a row of 12x12 matrices that is five times the work. On the
+    their entries: two products in a row of 12x12 matrices take three times as long. On the
     CPU its optimization barriers do not prevent this; a call that is not inlined does.
     """
     if jax.default_backend() != "cpu":

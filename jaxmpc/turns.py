@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The share of lanes that may stand idle before new problems come in, all at once: that costs
-# about as much as a step of all lanes.
+# The share of lanes that may stand idle before new problems come in, all at once, for that
+# costs a rollout, a gather and a scatter whoever comes.
 _IDLE = 4
 
 
