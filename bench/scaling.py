@@ -14,8 +14,6 @@ float64, for `lqr_solve` relative to the terms that cancel in it, with the large
 returned states from the rollout of the controls beside it in the .jsonl.
 """
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,15 +113,10 @@ def _measure_mpc(args, problem, batch, **_) -> dict:
 
 
 def _measure_lqr(args, n, m, T, batch, method, **_) -> dict:
-    options = {}
-    if "method" in inspect.signature(lqr_solve).parameters:
-        options["method"] = method
-    elif method != "sequential":
-        return dict(missing=f"missing (lqr_solve has no method {method!r})")
     given = lqr.problem(n, m, T, batch, args.seed, "float32")
 
     def solve(C, c, F, f, x_init):
-        solution = lqr_solve(x_init, C, c, F, f, **options)
+        solution = lqr_solve(x_init, C, c, F, f, method=method)
         return solution.x[:-1], solution.u
 
     data = [jnp.asarray(given[name]) for name in lqr.DATA]

@@ -94,7 +94,7 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
-    residual = lanes.largest(jnp.where(held, 0, jnp.abs(gradient)), 2)
+    residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
     # What these do not show to be finite enters none of the others.
     shown = (x, point.costs, first.c, first.F, first.costate, second.H, second.C_final)
@@ -106,9 +106,9 @@ def assess(model: Model, data: Data, point: Iterate) -> Assessment:
         second=second,
         gradient=gradient,
         held=held,
-        kkt_residual=lanes.largest(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), 2),
+        kkt_residual=jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1)),
         residual=residual,
-        relative=residual / jnp.maximum(1, lanes.largest(terms, 2)),
+        relative=residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1))),
         finite=finite,
     )
 
@@ -181,19 +181,11 @@ def _start(model: Model, data: Data, options: Options, wanted: Array) -> _Search
     lower, upper = data.u_lower, data.u_upper
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
 
-    def evaluation():
-        here = assess(model, data, start)
-        step = propose(data, start, here, options, here.residual, ~wanted)
-        return _evaluation(here, step[1], options)
-
     nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
     feasible = lanes.every(lower <= upper, 2)
     return _Search(
         point=start,
-        evaluation=jax.tree.map(
-            lambda a: jnp.full(a.shape, False if a.dtype == bool else jnp.nan, a.dtype),
-            jax.eval_shape(evaluation),
-        ),
+        evaluation=_no_evaluation(start),
         previous=start,
         previous_residual=nan,
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
@@ -296,6 +288,28 @@ def _evaluation(here: Assessment, factors: Factors, options: Options) -> Evaluat
     )
 
 
+def _no_evaluation(point: Iterate) -> Evaluation:
+    """Room for that of the first trip."""
+    T, m, *batch = point.u.shape
+    n = point.x.shape[1]
+
+    def zeros(*shape):
+        return jnp.zeros((*shape, *batch), point.x.dtype)
+
+    return Evaluation(
+        costate=zeros(T + 1, n),
+        free=zeros(T, m) > 0,
+        kkt_residual=zeros(),
+        linearization=Linearization(
+            factors=Factors(zeros(T, m, n), zeros(T, m, m), zeros(T + 1, n, n), zeros(T)),
+            hessian=zeros(T, n + m, n + m),
+            F=zeros(T, n, n + m),
+            C_final=zeros(n, n),
+            gradient=zeros(T, m),
+        ),
+    )
+
+
 def _report(end: _Search) -> tuple[Solution, Linearization]:
     u, x, costs = end.point
     feasible = end.status != Status.INFEASIBLE
@@ -309,7 +323,7 @@ def _report(end: _Search) -> tuple[Solution, Linearization]:
         costate=costate,
         K=linearization.factors.K,
         free=free,
-        objective=lanes.total(costs),
+        objective=jnp.sum(costs, axis=0),
         kkt_residual=kkt_residual,
         iterations=end.iterations,
         status=end.status,
@@ -379,7 +393,7 @@ def along_negative_curvature(
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
     curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(lanes.total(jnp.abs(point.costs)) / curvature)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(point.costs), axis=0) / curvature)
     natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.

@@ -92,16 +92,6 @@ def sum_of(terms) -> Array:
     return total
 
 
-def total(a: Array, axes: int = 1) -> Array:
-    """The sum over the first ``axes`` axes."""
-    return jnp.sum(a, axis=tuple(range(axes)))
-
-
-def largest(a: Array, axes: int = 1) -> Array:
-    """The maximum over the first ``axes`` axes."""
-    return jnp.max(a, axis=tuple(range(axes)))
-
-
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
     inner = math.prod(a.shape[1:axes])

@@ -94,7 +94,7 @@ def backward_pass(
     data = H, F, c, low, high, held
     _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
     factors = Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
-    return d, free, factors, lanes.total(slope), lanes.total(bend)
+    return d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0)
 
 
 def definite_threshold(dtype) -> float:
@@ -146,7 +146,7 @@ def line_search(
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
     eps = jnp.finfo(noise.dtype).eps
-    hopeless = escape | (decrease <= eps * lanes.total(jnp.abs(point.costs)))
+    hopeless = escape | (decrease <= eps * jnp.sum(jnp.abs(point.costs), axis=0))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def unfinished(carry):
@@ -159,7 +159,7 @@ def line_search(
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
         new = apply(model, data, point, step, alpha)
-        change = lanes.total(new.costs - point.costs)
+        change = jnp.sum(new.costs - point.costs, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)
@@ -178,7 +178,7 @@ def rounding(point: Iterate, costate: Array) -> Array:
     costates amplify."""
     eps = float(jnp.finfo(point.x.dtype).eps)
     costs, states = jnp.abs(point.costs), jnp.abs(costate * point.x)
-    return eps * (4 * lanes.total(costs) + lanes.total(states, 2))
+    return eps * (4 * jnp.sum(costs, axis=0) + jnp.sum(states, axis=(0, 1)))
 
 
 def negative_direction(Q, free):
