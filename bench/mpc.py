@@ -6,11 +6,11 @@ forward, and forward with the gradient of mean(u²) in the physics and the cost.
 - jaxmpc, with its default options unless the table says otherwise.
 - mpc.pytorch, the paper's own implementation (`mpc` 0.0.6), in float32, with the settings of the
   paper's published experiments and `GradMethods.AUTO_DIFF`, at most 500 iterations.
-- acados, SQP with HPIPM in C, in float64, one problem after the other on one thread: Gauss-Newton
-  Hessian (its exact one took longer) and full condensing; with a line search on the cartpole, where
-  full steps end in a worse minimum or nowhere at times. Its seconds are those that it counts inside
-  its C code. jaxmpc beside it has one thread too, and the loosest tolerance 1e-j with which the
-  residual is within 1e-6.
+- acados, SQP with HPIPM in C, in float64, one problem after the other on one thread, by the fastest
+  of its ways that solves every problem: full condensing; on the pendulum the Gauss-Newton Hessian
+  and full steps, on the cartpole the exact Hessian, convexified, and a line search. Its seconds are
+  those that it counts inside its C code. jaxmpc beside it has one thread too, and the loosest
+  tolerance 1e-j with which the residual is within 1e-6.
 - CasADi with IPOPT, one problem after the other: a check of the objectives.
 
 Quality is judged on the controls that come back, whoever made them: in float64, by autodiff of the
@@ -19,12 +19,16 @@ given only where jaxmpc's residual is no larger than the other's, or both are wi
 1e-4 in float32, 1e-6 in float64.
 Every problem of a batch starts at u = 0. jaxmpc is measured before and after the others, and the
 repeats of both count. Compilation is apart.
+
+"closed loop, a step" is a single problem as a controller solves it again and again: 200 steps from
+the first of the starts, each from the plan before, shifted; the median over the steps.
 """
 
 import functools
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +44,10 @@ SYSTEMS = dict(pendulum=pendulum, cartpole=cartpole)
 PUBLISHED = dict(
     pendulum=dict(eps=1e-3, decay=0.2, tries=5), cartpole=dict(eps=1e-4, decay=0.5, tries=2)
 )
-ACADOS = dict(pendulum="GAUSS_NEWTON", cartpole="GAUSS_NEWTON+merit")
+ACADOS = dict(pendulum="GAUSS_NEWTON", cartpole="EXACT+merit")
 BATCHES = [1, 32, 128, 1024, 4096]
-WORKS = FORWARD, GRADIENT = "forward", "forward + gradient"
+WORKS = FORWARD, GRADIENT, STEP = "forward", "forward + gradient", "closed loop, a step"
+STEPS = 200
 TARGET = 1e-6  # residual beside acados
 SAME = dict(float32=1e-4, float64=TARGET)  # residuals that count as the same quality
 
@@ -103,7 +108,10 @@ def all_threads(args, rows):
                 others.append(case.reference)
             if dtype == "float64" and batch <= 32:
                 others.append(case.casadi)
-            case.compare([GRADIENT] if args.quick else WORKS, Options(), "default", others)
+            works = [GRADIENT] if args.quick else [FORWARD, GRADIENT]
+            case.compare(works, Options(), "default", others)
+            if batch == 1 and dtype == "float32":
+                case.closed_loop()
 
 
 def one_thread(args, rows):
@@ -152,6 +160,42 @@ class Case:
             other(works)
         for call, row, times in made.values():
             self.rows.add(row | measure.spread(times + self.times(call)))
+
+    def closed_loop(self):
+        """The row of a single problem, solved at every step of a closed loop from a warm start."""
+        system, key = self.system, self.key | measure.setting()
+        key |= dict(contender=JAXMPC, stopping="default", work=STEP)
+        if self.rows.find(key):
+            return
+
+        def solve(x_init, u_init):
+            return mpc_solve(
+                system.cost, system.dynamics, x_init, u_init, self.params,
+                u_lower=system.U_LOWER, u_upper=system.U_UPPER,
+            )  # fmt: skip
+
+        @jax.jit
+        def move(x, u):
+            return system.dynamics(x, u[0], 0, self.params), jnp.concatenate([u[1:], u[-1:]])
+
+        x, u = self.x_init[0], self.u_init
+        call, compiling = measure.compiled(solve, x, u)
+        u, seconds, states, solutions = call(x, u).u, [], [], []
+        for _ in range(STEPS):
+            x, u = jax.block_until_ready(move(x, u))
+            start = time.perf_counter()
+            solution = jax.block_until_ready(call(x, u))
+            seconds.append(time.perf_counter() - start)
+            states.append(x)
+            solutions.append(solution)
+            u = solution.u
+        plans = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
+        judged = measure.judged(
+            system.cost, system.dynamics, self.params, jnp.stack(states), plans.u,
+            system.U_LOWER, system.U_UPPER,
+        )  # fmt: skip
+        found = measure.outcome(plans.status, plans.iterations) | judged | dict(tolerance=None)
+        self.rows.add(key | compiling | found | measure.spread(seconds))
 
     def times(self, call):
         repeats = -(-self.args.repeats // 2)
@@ -328,7 +372,7 @@ def notes(rows, command) -> str:
 def panels(rows) -> dict:
     made: dict[str, dict] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
-        if "missing" in row:
+        if "missing" in row or row["work"] == STEP:
             continue
         threads = ", one thread" if row["threads"] == 1 else ""
         title = f"{row['system']}, {row['work']}, {row['dtype']}{threads}|batch"

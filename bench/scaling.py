@@ -153,7 +153,7 @@ def _size(row) -> str:
 
 def exponent(line: list[dict]) -> float | None:
     """The slope of log time over log size on the upper half of the sizes."""
-    points = [(row[_size(row)], row["median_s"]) for row in line if "median_s" in row]
+    points = [(row[_size(row)], row["median_s"]) for row in line]
     upper = np.log(points[len(points) // 2 :] if len(points) > 2 else points)
     return float(np.polyfit(*upper.T, 1)[0]) if len(upper) > 1 else None
 
@@ -167,9 +167,6 @@ def _table(rows: list[dict]) -> str:
         slope = exponent(line)
         for row in line:
             start = [against, name, str(row[_size(row)])]
-            if "missing" in row:
-                cells.append(start + [row["missing"]] + ["–"] * (len(header) - len(start) - 1))
-                continue
             iterated = "per_problem_and_iteration_s" in row
             cells.append(
                 start
@@ -195,9 +192,6 @@ def _plot(path, rows):
     }
     per_problem, per_iteration, horizon = panels.values()
     for (against, name), line in _lines(rows).items():
-        line = [row for row in line if "median_s" in row]
-        if not line:
-            continue
         label = f"{name} ({exponent(line):.2f})" if exponent(line) is not None else name
         sizes = [row[_size(row)] for row in line]
         panel = per_problem if against == "batch" else horizon

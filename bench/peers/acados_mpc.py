@@ -66,7 +66,7 @@ def build(given):
     hessian, _, globalization = given["hessian"].partition("+")
     options.hessian_approx = hessian
     if hessian == "EXACT":
-        options.regularize_method = "MIRROR"
+        options.regularize_method = "CONVEXIFY"
     if globalization:
         options.globalization = "MERIT_BACKTRACKING"
     return AcadosOcpSolver(ocp, json_file="ocp.json", verbose=False)
