@@ -36,11 +36,15 @@ def add_common_arguments(parser) -> None:
     parser.set_defaults(parser=parser)
 
 
+# Options that say where results are kept, not what they are.
+WHERE = ("run", "parser", "output", "resume", "checkpoints", "fresh", "save_every")
+
+
 def command(args) -> str:
-    """The command line that gives ``args``, without what says only where results are kept."""
+    """The command line that gives ``args``."""
     words = [args.parser.prog]
     for name, value in vars(args).items():
-        if name in ("run", "parser", "output", "resume") or value == args.parser.get_default(name):
+        if name in WHERE or value == args.parser.get_default(name):
             continue
         option = name.replace("_", "-")
         if isinstance(value, bool):

@@ -9,17 +9,22 @@ gets its part of the batch, as a batch of its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Which of the batch's axes each leaf has, by number, 0 the outermost: batches nest, and in
 # vmap(vmap(f, (0, None)), (0, 0)) one argument has both axes and the other only the outer one.
-Axes = list[tuple[int, ...]]
+Axes = Sequence[tuple[int, ...]]
+
+# The largest leaf, in numbers a problem, that is copied along batch axes which it lacks: physical
+# constants rather than a network's weights.
+_COPIED = 1024
 
 
 def batchwise(one: Callable, many: Callable) -> Callable:
@@ -62,13 +67,16 @@ def _nested(one: Callable, many: Callable, tree, axes: Axes) -> Callable:
 
 
 def _together(many: Callable, tree, axes: Axes, *leaves):
-    """``many`` on the nested batch: as one long batch or, where a leaf has some axes only and
-    would have to be copied along the others, under a ``vmap`` over the outermost axis."""
+    """``many`` on the nested batch: as one long batch, with what is small copied along the axes
+    that it lacks, or under a ``vmap`` over the outermost axis where something large lacks some."""
+    sizes = _sizes(axes, leaves)
+    completed = [_completed(leaf, own, sizes) for leaf, own in zip(leaves, axes, strict=True)]
+    leaves, axes = zip(*completed, strict=True)
     if len({own for own in axes if own}) > 1:
         outer = [0 if 0 in own else None for own in axes]
         inner = [tuple(k - 1 for k in own if k > 0) for own in axes]
         return jax.vmap(partial(_together, many, tree, inner), outer)(*leaves)
-    shape = tuple(_sizes(axes, leaves))
+    shape = tuple(sizes)
     size, num = math.prod(shape), len(shape)
     long = [
         leaf.reshape(size, *leaf.shape[num:]) if own else leaf
@@ -77,6 +85,16 @@ def _together(many: Callable, tree, axes: Axes, *leaves):
     batched = jax.tree.unflatten(tree, [bool(own) for own in axes])
     out = many(size, batched, *jax.tree.unflatten(tree, long))
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
+
+
+def _completed(leaf, own: tuple[int, ...], sizes: list[int]):
+    """A leaf that has some of the axes, copied along the others if it is small, and its axes."""
+    whole = tuple(range(len(sizes)))
+    shape = leaf.shape[len(own) :]
+    if own in ((), whole) or math.prod(shape) > _COPIED:
+        return leaf, own
+    apart = leaf.reshape(*(size if k in own else 1 for k, size in enumerate(sizes)), *shape)
+    return jnp.broadcast_to(apart, (*sizes, *shape)), whole
 
 
 def _sizes(axes: Axes, leaves) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmpc import batching
 from jaxmpc.batching import batchwise
 
 B, N = 32, 3
@@ -130,8 +131,14 @@ NESTED = {
 }
 
 
+@pytest.fixture(params=["copied", "not copied"])
+def small(request, monkeypatch):
+    """What lacks some axes of a nested batch is small enough to be copied along them, or not."""
+    monkeypatch.setattr(batching, "_COPIED", 1024 if request.param == "copied" else 0)
+
+
 @pytest.mark.parametrize("name", NESTED)
-def test_nested_batches(name):
+def test_nested_batches(name, small):
     inner, outer, w, x = NESTED[name]
 
     def nested(f):
@@ -151,13 +158,26 @@ def test_what_is_shared_is_not_copied():
     f = batchwise(lambda w, x: x, look)
     jax.vmap(jax.vmap(f, (None, 0)), (None, 0))(jnp.ones((5, 5)), X.reshape(4, 8, N))
     assert seen[-1] == (32, (False, True), (5, 5), (32, N))
+    weights = jnp.ones((2, 50, 50))
+    jax.vmap(jax.vmap(f, (None, 0)), (0, None))(weights, X)
+    assert seen[-1] == (32, (False, True), (50, 50), (32, N))
+    text = str(jax.make_jaxpr(jax.vmap(jax.vmap(f, (None, 0)), (0, None)))(weights, X))
+    assert "[2,32,50,50]" not in text
+
+
+def test_what_is_small_is_copied_to_keep_the_batch_together():
+    seen = []
+
+    def look(size, batched, w, x):
+        seen.append((size, batched, w.shape, x.shape))
+        return x
+
+    f = batchwise(lambda w, x: x, look)
     jax.vmap(jax.vmap(f, (None, 0)), (0, None))(jnp.ones((2, 5, 5)), X)
-    assert seen[-1] == (32, (False, True), (5, 5), (32, N))
-    text = str(jax.make_jaxpr(jax.vmap(jax.vmap(f, (None, 0)), (0, None)))(jnp.ones((2, 5, 5)), X))
-    assert "[2,32,5,5]" not in text
+    assert seen == [(64, (True, True), (64, 5, 5), (64, N))]
 
 
-def test_three_levels():
+def test_three_levels(small):
     w = jnp.stack([PARAMS["w"]] * 3) * jnp.array([0.5, 1.0, 1.1])[:, None, None]
 
     def nested(f):
