@@ -1,5 +1,6 @@
 """Differentiable model predictive control for JAX."""
 
+from jaxmpc.certificate import Certificate, GradientReport, certify, check_gradients
 from jaxmpc.closed_loop import receding_horizon
 from jaxmpc.diagnosis import summarize
 from jaxmpc.ilqr import ilqr_box
@@ -9,11 +10,15 @@ from jaxmpc.types import Episode, LQRSolution, Options, Solution, Status
 from jaxmpc.unrolled import ilqr_unrolled
 
 __all__ = [
+    "Certificate",
     "Episode",
+    "GradientReport",
     "LQRSolution",
     "Options",
     "Solution",
     "Status",
+    "certify",
+    "check_gradients",
     "ilqr_box",
     "ilqr_unrolled",
     "lqr_solve",
