@@ -7,6 +7,8 @@ import pytest
 from bench import peers
 from bench.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):

@@ -7,6 +7,8 @@ import pytest
 from bench import peers
 from bench.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DESCRIBED = {"study", "contender", "device", "threads", "dtype", "system", "n", "m", "T", "batch"}
 DESCRIBED |= {"work"}
 MEASURED = {"versions", "trace_s", "compile_s", "median_s", "min_s", "max_s", "repeats", "status"}

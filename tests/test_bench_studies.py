@@ -11,6 +11,8 @@ from bench import lqr, peers, scaling
 from bench.__main__ import main
 from bench.peers import native
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ALWAYS = {"study", "contender", "device", "threads", "versions", "dtype", "n", "m", "T", "batch"}
 ALWAYS |= {"work"}
 MEASURED = {"trace_s", "compile_s", "median_s", "min_s", "max_s", "repeats"}
@@ -133,6 +135,7 @@ def test_hpipm_solves_the_same_problem():
     assert quality["rollout_error_worst"] < 1e-12
 
 
+@pytest.mark.slow
 def test_scaling(quick):
     rows, text = quick("scaling")
     check_fields([row for row in rows if row["problem"] == "lqr_solve"], solved=False)

@@ -14,6 +14,8 @@ from test_gradients import CASES, T, inputs_of, large_angles, solve, weighted
 from jaxmpc import Options, Status, certify, check_gradients, mpc_solve
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def dense(system, inputs, u):
     """The four numbers of a certificate that have a dense definition."""
@@ -36,7 +38,10 @@ def dense(system, inputs, u):
     )
 
 
-@pytest.mark.parametrize("case", ["pendulum at any angle", "cartpole with some bounds"])
+@pytest.mark.parametrize(
+    "case",
+    ["pendulum at any angle", pytest.param("cartpole with some bounds", marks=pytest.mark.slow)],
+)
 def test_certificates_match_dense_autodiff(case):
     system, control_weight, bound = CASES[case]
     params = weighted(system, control_weight)

@@ -9,6 +9,8 @@ from helpers import assert_close
 from jaxmpc import Status, mpc_solve, receding_horizon
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T, N = 8, 5
 PARAMS = pendulum.default_params()
 X_INIT = pendulum.state(2.0, 0.5)

@@ -8,6 +8,8 @@ import pytest
 
 from jaxmpc import Options, ilqr_box, lqr_solve, mpc_solve
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 N, M, T = 2, 1, 3
 
 LQR = dict(

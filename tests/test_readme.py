@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 import jaxmpc
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 README = Path(__file__).parent.parent / "README.md"
 

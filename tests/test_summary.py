@@ -7,6 +7,8 @@ import pytest
 
 from jaxmpc import Solution, Status, summarize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def solutions(status, iterations, residual, free):
     size = len(status)

@@ -9,6 +9,8 @@ from helpers import assert_close
 from jaxmpc import Options, Status, ilqr_unrolled, mpc_solve
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = 8
 PARAMS = pendulum.default_params()
 X_INIT = pendulum.state(2.0, 0.5)
@@ -40,7 +42,7 @@ def test_at_the_fixed_point_both_derivatives_agree():
     assert_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("controls", [1, 2])
+@pytest.mark.parametrize("controls", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_before_it_the_derivative_is_that_of_the_iterations(controls):
     """Against central differences of the unrolled computation itself."""
 

@@ -464,7 +464,7 @@ class Figure3(Figure):
 
     def plans(self):
         seeds = [self.args.seed + k for k in range(2 if self.quick else STARTS)]
-        iterations, chunk = (60, 5) if self.quick else (ITERATIONS, 50)
+        iterations, chunk = (200, 5) if self.quick else (ITERATIONS, 50)
         return {
             setting: partial(lqr.run, setting, seeds, iterations, chunk)
             for setting in self.settings()
