@@ -13,6 +13,8 @@ from jax.flatten_util import ravel_pytree
 from jaxmpc import Options, Status, mpc_solve
 from jaxmpc.systems import cartpole, pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = 20
 
 
@@ -78,7 +80,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+ALL = ["bang-bang pendulum", "pendulum at any angle", "cartpole with some bounds"]
+ALL += [pytest.param(case, marks=pytest.mark.slow) for case in CASES.keys() - set(ALL)]
+
+
+@pytest.mark.parametrize("case", sorted(ALL, key=str))
 def test_gradients_match_dense_autodiff_in_every_input(case):
     system, control_weight, bound = CASES[case]
     params = weighted(system, control_weight)
@@ -272,7 +278,10 @@ def gradients_in_params(system, control_weight, bound, dtype):
     return jax.jit(jax.vmap(one))(large_angles(system, 64).astype(dtype))
 
 
-@pytest.mark.parametrize("system, weight, bound", [(pendulum, 0.1, 2.0), (cartpole, 1e-3, 10.0)])
+@pytest.mark.parametrize(
+    "system, weight, bound",
+    [(pendulum, 0.1, 2.0), pytest.param(cartpole, 1e-3, 10.0, marks=pytest.mark.slow)],
+)
 def test_float32_gradients_are_those_of_float64_where_the_active_set_is_the_same(
     system, weight, bound
 ):

@@ -8,6 +8,8 @@ from helpers import assert_close
 from jaxmpc import Options, lqr_solve, mpc_solve
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = 12
 X_INIT = pendulum.state(2.4, -0.5)  # some controls end at their bounds, most do not
 

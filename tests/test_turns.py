@@ -49,7 +49,7 @@ def problems(num):
     return x_init, physics, upper, max_iterations
 
 
-@pytest.mark.parametrize("num", [5, 23])
+@pytest.mark.parametrize("num", [pytest.param(5, marks=pytest.mark.slow), 23])
 def test_taking_turns_changes_no_solution(num, monkeypatch):
     batch = jax.tree.map(lambda a: a[-num:], problems(23))
     # A function of its own each time: jit would keep the first program.

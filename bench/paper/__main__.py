@@ -9,6 +9,7 @@ import argparse
 import os
 import pathlib
 import shutil
+import signal
 
 from bench import report
 from bench.paper import figures, trials
@@ -27,6 +28,8 @@ def main(argv=None):
         add_arguments(subparser)
         subparser.set_defaults(figures=chosen, figure=name, parser=subparser)
     args = parser.parse_args(argv)
+    # What a script starts in the background inherits that it ignores kill -INT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.fresh:
         shutil.rmtree(args.checkpoints, ignore_errors=True)
     chosen = [figure(args) for figure in args.figures]
