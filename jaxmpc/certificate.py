@@ -68,9 +68,9 @@ def certify(
     """The ``Certificate`` of a solution of ``mpc_solve``: what to look at before trusting it.
 
     The arguments are those that ``solution`` was made with; one problem, no batch axis, batch with
-    ``jax.vmap``. Of the solution only ``u`` counts: everything else is computed anew. It costs some
-    thirty back substitutions of the linear-quadratic problem at the plan, about as much as a few
-    iterations of the solver. The numbers are constants to differentiation.
+    ``jax.vmap``. Of the solution only ``u`` counts: everything else is computed anew: one
+    expansion of the problem at the plan, one factorization, and some thirty back substitutions. The
+    numbers are constants to differentiation.
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
@@ -261,10 +261,9 @@ def check_gradients(
     weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
     def solve(inputs, u_init):
-        known = {name: inputs.get(name, given[name]) for name in given}
         return mpc_solve(
-            cost, dynamics, inputs["x_init"], u_init, inputs["params"],
-            terminal_cost=terminal_cost, options=options, **known,
+            cost, dynamics, inputs["x_init"], u_init, inputs["params"], terminal_cost=terminal_cost,
+            u_lower=inputs.get("u_lower"), u_upper=inputs.get("u_upper"), options=options,
         )  # fmt: skip
 
     def loss(inputs, u_init):

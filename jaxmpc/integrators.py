@@ -89,7 +89,7 @@ def implicit_midpoint(ode: Ode, dt: ArrayLike) -> Dynamics:
     infinitely stiff, though), symplectic, and it conserves quadratic invariants.
 
     The equation is solved by 8 steps of Newton's method from x⁺ = x, to the last digits, each with
-    n forward derivatives of the ode and a dense n x n system: it takes many times as long as `rk4`.
+    n forward derivatives of the ode and a dense n x n system.
     Where that does not converge, dt is too large for a solution to be nearby, and the result is
     NaN: the solver's line search shortens its step, or the status says NONFINITE. Derivatives are
     those of the equation itself, by the implicit function theorem (`lax.custom_root`).

@@ -259,7 +259,7 @@ def _start(setting: Setting, trial: Trials) -> State:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _advance(setting: Setting, chunk: int, trials: Trials, state: State, epoch: Array):
-    # The solver works on all trials at once; the products of a network are faster one by one.
+    # The solver works on all trials at once; a network's trials come one after the other.
     one_epoch = functools.partial(_epoch, setting)
 
     def epochs(state, number):

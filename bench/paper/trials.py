@@ -1,7 +1,7 @@
 """Trials that train side by side, in runs that can be killed at any moment.
 
 A run is a number of trials of one experiment, vmapped. Runs are shared out among processes of one
-thread each, which two cores do better at than one process of two threads. A run is a function of
+thread each. A run is a function of
 its settings alone. Every so many seconds, and when it is interrupted, all that it needs to go
 on is saved, its curves included; called again, it goes on from there and ends with the same numbers
 as one that was never stopped.
@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-# More threads gain little on problems of this size, and XLA's pool of them has been seen to hang.
+# A core each, and XLA's pool of threads has been seen to hang.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -97,7 +97,7 @@ def train(
             while not all(future.done() for future in futures.values()):
                 _show(bar, events)
             return {key: futures[key].result() for key in plans}
-        finally:  # on Ctrl-C, or where a run failed, the others save what they have
+        finally:  # on Ctrl-C all save what they have; beside a run that failed they have ended
             stop.set()
             pool.shutdown(cancel_futures=True)
             while not events.empty():
