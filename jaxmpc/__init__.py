@@ -6,15 +6,29 @@ from jaxmpc.diagnosis import summarize
 from jaxmpc.ilqr import ilqr_box
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.types import Episode, LQRSolution, Options, Solution, Status
+from jaxmpc.types import (
+    Constraints,
+    Episode,
+    LQRSolution,
+    Multipliers,
+    Options,
+    Rate,
+    Slack,
+    Solution,
+    Status,
+)
 from jaxmpc.unrolled import ilqr_unrolled
 
 __all__ = [
     "Certificate",
+    "Constraints",
     "Episode",
     "GradientReport",
     "LQRSolution",
+    "Multipliers",
     "Options",
+    "Rate",
+    "Slack",
     "Solution",
     "Status",
     "certify",

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import problem, validation
+from jaxmpc.expansions import expand, hessians
 from jaxmpc.ilqr import assess
 from jaxmpc.lqr import adjoint_rhs, factorize, kkt_solve
 from jaxmpc.mpc import mpc_solve
@@ -86,11 +87,13 @@ def certify(
 
 def _certify(model: problem.Model, data: problem.Data) -> Certificate:
     at = iterate(model, data, data.u_init)
-    here = assess(model, data, at)
-    H, F, C_final = here.second.H, here.first.F, here.second.C_final
+    expanded = expand(model, data.theta, at.x, at.u)
+    here = assess(data, at, expanded)
+    H, C_final = hessians(model, data.theta, at.x, at.u, expanded, here.first.costate)
+    F = expanded.F
     free, lower, upper = ~here.held, data.u_lower, data.u_upper
     factors = factorize(H, F, C_final, free)
-    system = factors, H, F, C_final, free
+    system = factors, H, F, C_final, free, None
 
     multiplier = jnp.where(free | (lower == upper), jnp.inf, jnp.abs(here.gradient))
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
@@ -108,14 +111,14 @@ def _smallest_curvature(system, u: Array) -> Array:
 
     A plan from rest that pays the linear term −b on its controls is R⁻¹ b: one back substitution.
     """
-    factors, H, F, C_final, free = system
+    factors, H, F, C_final, free, _ = system
     n = C_final.shape[0]
     rest = jnp.zeros(n, u.dtype)
 
     def inverse(b):
         c = jnp.zeros(H.shape[:2], u.dtype).at[:, n:].set(-b)
         rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest)
-        return kkt_solve(*system, rhs)[0].u
+        return kkt_solve(*system, rhs).u
 
     def unit(v):
         return v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(u.dtype).tiny)
@@ -132,13 +135,13 @@ def _smallest_curvature(system, u: Array) -> Array:
 
 def _adjoint_residual(system, x: Array, u: Array) -> Array:
     """How well M w = −ȳ is solved, M the KKT matrix, relative to the largest of the terms."""
-    factors, H, F, C_final, free = system
+    factors, H, F, C_final, free, _ = system
     n = C_final.shape[0]
     of_x, of_u = jax.random.split(jax.random.key(1))
     x_bar = jax.random.rademacher(of_x, x.shape, x.dtype)
     u_bar = jax.random.rademacher(of_u, u.shape, u.dtype)
     rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x)))
-    w, _ = kkt_solve(*system, rhs)
+    w = kkt_solve(*system, rhs)
     z = jnp.concatenate([w.x[:-1], w.u], axis=1)
     Hz = jnp.einsum("tij,tj->ti", H, z)
     pull = jnp.einsum("tij,ti->tj", F, w.costate[1:])

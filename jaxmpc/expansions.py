@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc import lanes
-from jaxmpc.problem import Model, Theta
+from jaxmpc.model import Model, Rows, Theta
 
 
 def stages(u: Array) -> Array:
@@ -45,45 +45,86 @@ def stage_costs(model: Model, theta: Theta, x: Array, u: Array) -> Array:
     return jnp.concatenate([costs, final[None]])
 
 
-class FirstOrder(NamedTuple):
+def constraint_values(model: Model, theta: Theta, x: Array, u: Array) -> Rows | None:
+    """The constraint functions along a trajectory; None for a problem without any."""
+    if not model.constrained:
+        return None
+    stage = final = None
+    if model.constraint is not None:
+        stage = along(model, model.constraint, theta, x[:-1], u)
+    if model.final_constraint is not None:
+        final = model.across(model.final_constraint)(x[-1], theta)
+    return Rows(stage, final)
+
+
+class Expansion(NamedTuple):
+    """Taylor expansions along a rollout: cost to second order, the rest to first."""
+
     c: Array  # [T, n+m], ∇cost
+    C: Array  # [T, n+m, n+m], ∇²cost
     F: Array  # [T, n, n+m], the Jacobian of the dynamics
     c_final: Array  # [n]
+    C_final: Array  # [n, n]
+    G: Rows | None  # [T, p, n+m] and [q, n], the Jacobians of the constraints
+
+
+class FirstOrder(NamedTuple):
+    """Gradients of the Lagrangian: the costates λ, and the multipliers ν of the constraints."""
+
+    c: Array  # [T, n+m], ∇(cost + νᵀg)
+    c_final: Array  # [n]
     costate: Array  # [T+1, n]
-    control_cost: Array  # [T, m], ∇_u cost
+    control_cost: Array  # [T, m], the part of c in u
     control_pull: Array  # [T, m], Bᵀλ; ∇_u J is the sum of the two
 
 
-class SecondOrder(NamedTuple):
-    C: Array  # [T, n+m, n+m], ∇²cost
-    H: Array  # [T, n+m, n+m], ∇² of the Hamiltonian cost + λᵀ dynamics
-    C_final: Array  # [n, n]
-
-
 def _stage_functions(model: Model, n: int):
-    """Cost and dynamics of one stage as functions of z = (x, u)."""
+    """Cost, dynamics and constraints of one stage as functions of z = (x, u)."""
 
-    def cost(z, t, theta):
-        return model.cost(z[:n], z[n:], t, theta)
+    def of_z(fn):
+        return lambda z, t, theta: fn(z[:n], z[n:], t, theta)
 
-    def dynamics(z, t, theta):
-        return model.dynamics(z[:n], z[n:], t, theta)
-
-    return cost, dynamics
+    return of_z(model.cost), of_z(model.dynamics), of_z(model.constraint)
 
 
 @lanes.any_rank
-def first_order(model: Model, theta: Theta, x: Array, u: Array) -> FirstOrder:
-    """Gradients, Jacobians and costates along the rollout x of u."""
+def expand(model: Model, theta: Theta, x: Array, u: Array) -> Expansion:
+    """The expansions along the rollout x of u."""
     n = x.shape[1]
-    cost, dynamics = _stage_functions(model, n)
+    cost, dynamics, constraint = _stage_functions(model, n)
     z = jnp.concatenate([x[:-1], u], axis=1)
-    c = along(model, jax.grad(cost), theta, z)
-    F = along(model, jax.jacfwd(dynamics), theta, z)
     if model.terminal_cost is None:
-        c_final = jnp.zeros_like(x[-1])
+        c_final, C_final = jnp.zeros_like(x[-1]), jnp.zeros((n, *x.shape[1:]), x.dtype)
     else:
         c_final = model.across(jax.grad(model.terminal_cost))(x[-1], theta)
+        C_final = model.across(jax.hessian(model.terminal_cost))(x[-1], theta)
+    G = None
+    if model.constrained:
+        stage = final = None
+        if model.constraint is not None:
+            stage = along(model, jax.jacfwd(constraint), theta, z)
+        if model.final_constraint is not None:
+            final = model.across(jax.jacfwd(model.final_constraint))(x[-1], theta)
+        G = Rows(stage, final)
+    return Expansion(
+        c=along(model, jax.grad(cost), theta, z),
+        C=along(model, jax.hessian(cost), theta, z),
+        F=along(model, jax.jacfwd(dynamics), theta, z),
+        c_final=c_final,
+        C_final=C_final,
+        G=G,
+    )
+
+
+@lanes.any_rank
+def first_order(expansion: Expansion, multipliers: Rows | None = None) -> FirstOrder:
+    """The gradients of the Lagrangian, from an expansion."""
+    c, _, F, c_final, _, G = expansion
+    n = c_final.shape[0]
+    if G is not None:
+        stage, final = rows_pull(G, multipliers)
+        c = c if stage is None else c + stage
+        c_final = c_final if final is None else c_final + final
 
     def adjoint(costate, data):
         c, A = data
@@ -93,20 +134,57 @@ def first_order(model: Model, theta: Theta, x: Array, u: Array) -> FirstOrder:
     _, costate = lax.scan(adjoint, c_final, (c[:, :n], F[:, :, :n]), reverse=True)
     costate = jnp.concatenate([costate, c_final[None]])
     pull = jax.vmap(lanes.matvec_t)(F[:, :, n:], costate[1:])
-    return FirstOrder(c, F, c_final, costate, c[:, n:], pull)
+    return FirstOrder(c, c_final, costate, c[:, n:], pull)
 
 
 @lanes.any_rank
-def second_order(model: Model, theta: Theta, x: Array, u: Array, costate: Array) -> SecondOrder:
-    """Hessians of the cost and of the Hamiltonian along the rollout."""
-    n = x.shape[1]
-    cost, dynamics = _stage_functions(model, n)
+def hessians(
+    model: Model,
+    theta: Theta,
+    x: Array,
+    u: Array,
+    expansion: Expansion,
+    costate: Array,
+    multipliers: Rows | None = None,
+) -> tuple[Array, Array]:
+    """[T, n+m, n+m], ∇² of the Hamiltonian cost + λᵀ dynamics + νᵀ g along a rollout; and [n, n],
+    that of the terminal cost + νᵀ g."""
+    _, dynamics, constraint = _stage_functions(model, x.shape[1])
     z = jnp.concatenate([x[:-1], u], axis=1)
-    C = along(model, jax.hessian(cost), theta, z)
-    bend = jax.hessian(lambda z, costate, t, theta: costate @ dynamics(z, t, theta))
-    H = C + along(model, bend, theta, z, costate[1:])
-    if model.terminal_cost is None:
-        C_final = jnp.zeros((n, *x.shape[1:]), x.dtype)
+    if model.constraint is None:
+        bend = jax.hessian(lambda z, costate, t, theta: costate @ dynamics(z, t, theta))
+        H = expansion.C + along(model, bend, theta, z, costate[1:])
     else:
-        C_final = model.across(jax.hessian(model.terminal_cost))(x[-1], theta)
-    return SecondOrder(C, H, C_final)
+
+        def bending(z, costate, multiplier, t, theta):
+            return costate @ dynamics(z, t, theta) + multiplier @ constraint(z, t, theta)
+
+        bends = along(model, jax.hessian(bending), theta, z, costate[1:], multipliers.stage)
+        H = expansion.C + bends
+    H_final = expansion.C_final
+    if model.final_constraint is not None:
+        bend = jax.hessian(lambda x, nu, theta: nu @ model.final_constraint(x, theta))
+        H_final = H_final + model.across(bend)(x[-1], multipliers.final, theta)
+    return H, H_final
+
+
+@lanes.any_rank
+def rows_pull(G: Rows, weights: Rows) -> Rows:
+    """Gᵀ w: [T, n+m] and [n]."""
+    stage = None if G.stage is None else jax.vmap(lanes.matvec_t)(G.stage, weights.stage)
+    final = None if G.final is None else lanes.matvec_t(G.final, weights.final)
+    return Rows(stage, final)
+
+
+@lanes.any_rank
+def add_squares(C: Array, C_final: Array, G: Rows, weights: Rows) -> tuple[Array, Array]:
+    """C + Gᵀ diag(w) G, at the stages and at the end."""
+
+    def add(C, G, w):
+        return C + lanes.matmul_t(w[:, None] * G, G)
+
+    if G.stage is not None:
+        C = lanes.materialize(jax.vmap(add), C, G.stage, weights.stage)
+    if G.final is not None:
+        C_final = add(C_final, G.final, weights.final)
+    return C, C_final

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import lanes, problem, validation
+from jaxmpc import augmented, lanes, problem, rows, validation
+from jaxmpc.augmented import RowState
 from jaxmpc.batching import batchwise
 from jaxmpc.box_qp import clamped
-from jaxmpc.expansions import FirstOrder, SecondOrder, first_order, second_order
-from jaxmpc.problem import Data, Model
+from jaxmpc.expansions import Expansion, FirstOrder, add_squares, expand, first_order, hessians
+from jaxmpc.model import Data, Model, Rows
 from jaxmpc.riccati import Factors
 from jaxmpc.steps import (
     Iterate,
@@ -25,15 +26,19 @@ from jaxmpc.steps import (
     definite_threshold,
     iterate,
     line_search,
+    merits,
     negative_direction,
     rounding,
     select,
 )
 from jaxmpc.turns import in_turns
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Constraints, Options, Solution, Status
 
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
+# The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves.
+_MINIMISED, _NEAR = 0.1, 1e-2
 _RUNNING = -1  # the status of a problem that goes on
+_CROSSED = -2  # of one whose bounds exclude each other, from the start
 # So many problems at once fill the vector units and stay in the caches; elsewhere, all of them.
 _LANES = {"cpu": 128}
 
@@ -44,8 +49,12 @@ class Linearization(NamedTuple):
     factors: Factors  # of the exact KKT matrix with the clamped controls pinned
     hessian: Array  # [T, n+m, n+m], the one that ``Options.backward_hessian`` names
     F: Array  # [T, n, n+m]
-    C_final: Array  # [n, n]
+    C_final: Array  # [n, n], likewise
     gradient: Array  # [T, m], ∇_u J
+    # Of the constraints, if there are any. The factors have ρ GᵀG of the active rows in them.
+    G: Rows | None = None
+    rows: RowState | None = None
+    rho: Array | None = None
 
 
 class Evaluation(NamedTuple):
@@ -55,6 +64,9 @@ class Evaluation(NamedTuple):
     free: Array  # [T, m]
     kkt_residual: Array
     linearization: Linearization
+    # Of the constraints, if there are any.
+    price: Array | None = None  # of the slack
+    violation: Array | None = None
 
 
 class _Search(NamedTuple):
@@ -72,44 +84,86 @@ class _Search(NamedTuple):
 
 
 class Assessment(NamedTuple):
-    """The expansions at a point, and what they say about it."""
+    """A point held against the first-order conditions."""
 
     first: FirstOrder
-    second: SecondOrder
     gradient: Array  # [T, m], ∇_u J
     held: Array  # [T, m], the clamped controls
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
-    relative: Array  # the residual over the terms that cancel in it
+    stationary: Array  # that, over the terms that cancel in it
+    relative: Array  # the same, or the gap of the constraints over their size if that is larger
     finite: Array
+    rows: RowState | None = None  # of the constraints, if there are any
+    gap: Array | None = None
+    size: Array | None = None  # of the terms that cancel in the constraints, at least 1
 
 
-def assess(model: Model, data: Data, point: Iterate) -> Assessment:
-    """Expand the problem at a point and hold it against the first-order conditions."""
-    u, x, _ = point
-    lower, upper = data.u_lower, data.u_upper
-    first = first_order(model, data.theta, x, u)
-    second = second_order(model, data.theta, x, u, first.costate)
+def assess(data: Data, point: Iterate, expanded: Expansion) -> Assessment:
+    """Hold a point against the first-order conditions."""
+    u, lower, upper = point.u, data.u_lower, data.u_upper
+    rows = gap = size = None
+    if point.penalty is not None:
+        rows = augmented.state(point.g, point.penalty, data.prices)
+        gap = augmented.gap(rows, point.penalty)
+    first = first_order(expanded, None if rows is None else rows.multiplier)
     gradient = first.control_cost + first.control_pull
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
     residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
+    stationary = relative = residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1)))
+    kkt_residual = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
     # What these do not show to be finite enters none of the others.
-    shown = (x, point.costs, first.c, first.F, first.costate, second.H, second.C_final)
-    finite = functools.reduce(
-        jnp.logical_and, (lanes.every(jnp.isfinite(a), a.ndim - residual.ndim) for a in shown)
-    )
+    shown = [point.x, point.costs, first.c, expanded.F, first.costate]
+    if gap is not None:
+        size = jnp.maximum(1, augmented.size(expanded.G, point.x, u))
+        relative = jnp.maximum(stationary, gap / size)
+        kkt_residual = jnp.maximum(kkt_residual, gap)
+        shown += jax.tree.leaves((point.g, expanded.G))
     return Assessment(
         first=first,
-        second=second,
         gradient=gradient,
         held=held,
-        kkt_residual=jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1)),
+        kkt_residual=kkt_residual,
         residual=residual,
-        relative=residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1))),
-        finite=finite,
+        stationary=stationary,
+        relative=relative,
+        finite=_finite(shown, residual.ndim),
+        rows=rows,
+        gap=gap,
+        size=size,
+    )
+
+
+def _finite(arrays, batch_axes: int) -> Array:
+    return functools.reduce(
+        jnp.logical_and, (lanes.every(jnp.isfinite(a), a.ndim - batch_axes) for a in arrays)
+    )
+
+
+class Curvature(NamedTuple):
+    """The Hessians that a recursion takes."""
+
+    C: Array  # [T, n+m, n+m], ∇²cost
+    C_final: Array  # [n, n]
+    H: Array  # [T, n+m, n+m], that of the Hamiltonian
+    H_final: Array  # [n, n]
+
+
+def curvature(
+    data: Data, point: Iterate, here: Assessment, expanded: Expansion, H, H_final, exact: Array
+) -> Curvature:
+    """With constraints, these have the curvature of the augmented Lagrangian too; with ``exact``,
+    that of the prices and ρ GᵀG of the active rows."""
+    if here.rows is None:
+        return Curvature(expanded.C, expanded.C_final, H, H_final)
+    G = expanded.G
+    weights = augmented.weights(here.rows, point.penalty.rho, data.prices, exact)
+    return Curvature(
+        *add_squares(expanded.C, expanded.C_final, G, weights),
+        *add_squares(H, H_final, G, weights),
     )
 
 
@@ -192,7 +246,7 @@ def _start(model: Model, data: Data, options: Options, wanted: Array) -> _Search
         noisy=~wanted,
         finish=~wanted,
         iterations=jnp.zeros(wanted.shape, jnp.int32),
-        status=jnp.where(wanted & feasible, _RUNNING, Status.INFEASIBLE).astype(jnp.int32),
+        status=jnp.where(wanted & feasible, _RUNNING, _CROSSED).astype(jnp.int32),
     )
 
 
@@ -200,10 +254,14 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     """Evaluate the point of every running problem; stop there, or move on."""
     dtype = data.x_init.dtype
     tolerance, goal = tolerances(options, dtype)
-    here = assess(model, data, s.point)
+    expanded = expand(model, data.theta, s.point.x, s.point.u)
+    point = s.point
+    if model.constrained:
+        penalty, largest_rho = augmented.begin(point.penalty, expanded)
+        point = point._replace(penalty=penalty)
+    here = assess(data, point, expanded)
     running = s.status == _RUNNING
-    finite = here.finite
-    small = finite & (here.relative <= tolerance)
+    small = here.finite & (here.relative <= tolerance)
     out_of_time = s.iterations >= options.max_iterations
     moved = s.iterations > 0
     there = small & (here.relative <= goal)
@@ -211,30 +269,49 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     # nothing more to gain on this way; it has to lower it at all to be kept.
     settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
     worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
-    back = moved & ~s.finish & (~finite | worse)
+    back = moved & ~s.finish & (~here.finite | worse)
 
     # At a point that may be the last, the exact KKT matrix of the active set; else a step.
     certify = ~running | there | (small & settled) | s.finish | out_of_time
-    step, factors = propose(data, s.point, here, options, s.regularization, certify)
+    infeasible = jnp.zeros_like(running)
+    if model.constrained:
+        point, here, infeasible = _update_multipliers(
+            data, point, here, expanded, ~certify & ~back, tolerance, settled, largest_rho
+        )
+        certify |= infeasible
+    multipliers = None if here.rows is None else here.rows.multiplier
+    costate = here.first.costate
+    H, H_final = hessians(model, data.theta, point.x, point.u, expanded, costate, multipliers)
+    finite = here.finite & _finite((H, H_final), running.ndim)
+    back |= moved & ~s.finish & ~finite
+    second = curvature(data, point, here, expanded, H, H_final, certify)
+    step, factors = propose(
+        data, point, here, expanded.F, second, options, s.regularization, certify
+    )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
-    escape = running & certify & small & ~definite
+    stationary = small if not model.constrained else finite & (here.stationary <= tolerance)
+    escape = running & finite & (certify | model.constrained) & stationary & ~definite
     step = lax.cond(
         jnp.any(escape),
-        lambda: select(escape, along_negative_curvature(data, s.point, here, factors), step),
+        lambda: select(
+            escape,
+            along_negative_curvature(data, point, here, expanded.F, second.H, factors),
+            step,
+        ),
         lambda: step,
     )
 
-    converged = certify & small & definite
+    converged = finite & certify & small & definite
     stuck = certify & ~small
     stop = ~finite | back | converged | stuck | out_of_time
     new, search = line_search(
         model,
         data,
-        s.point,
+        point,
         step,
         escape,
         running & ~stop,
-        rounding(s.point, here.first.costate),
+        rounding(point, costate, data.prices),
         jnp.asarray(options.line_search_decay, dtype),
     )
     moves = ~stop & search.accepted
@@ -246,15 +323,16 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     ends = {
         Status.NONFINITE: ~finite & ~moved,
         Status.CONVERGED: converged & ~back,
-        Status.INDEFINITE: escape & ~back & (exhausted | out_of_time),
+        Status.INFEASIBLE: infeasible & ~back,
+        Status.INDEFINITE: small & escape & ~back & (exhausted | out_of_time),
         Status.MAX_ITERATIONS: out_of_time & ~back,
         Status.STALLED: stuck & ~back,
     }
     status = jnp.select(list(ends.values()), list(ends), _RUNNING)
     after = _Search(
-        point=select(back, s.previous, select(moves, new, s.point)),
-        evaluation=_evaluation(here, factors, options),
-        previous=select(moves, s.point, s.previous),
+        point=select(back, s.previous, select(moves, new, point)),
+        evaluation=_evaluation(data, point, here, expanded, H, H_final, factors, options),
+        previous=select(moves, point, s.previous),
         previous_residual=jnp.where(moves, here.residual, s.previous_residual),
         regularization=jnp.where(
             failed | (moves & (search.alpha < 0.2)) | (back & ~finite) | (settled & ~small),
@@ -272,19 +350,66 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     return select(running, after, s._replace(evaluation=after.evaluation))
 
 
-def _evaluation(here: Assessment, factors: Factors, options: Options) -> Evaluation:
+def _update_multipliers(
+    data: Data,
+    point: Iterate,
+    here: Assessment,
+    expanded: Expansion,
+    may: Array,
+    tolerance: Array,
+    settled: Array,
+    largest_rho: Array,
+) -> tuple[Iterate, Assessment, Array]:
+    """μ ← ν where the augmented Lagrangian is as good as minimised; and whether the violation of
+    the constraints is stationary, so that no further update will help.
+
+    As good as: the gradient is small beside what the update makes of it. One Newton step an update
+    is then enough, and the rest of the minimisation comes with the next.
+    """
+    penalty = augmented.update(here.rows, point.penalty, here.gap, here.size, largest_rho)
+    updated = point._replace(penalty=penalty)
+    after = assess(data, updated, expanded)
+    minimised = (here.stationary <= tolerance) | settled
+    minimised |= (here.stationary <= _NEAR) & (here.residual <= _MINIMISED * after.residual)
+    infeasible = (
+        may
+        & minimised
+        & augmented.hopeless(
+            penalty, expanded, after.gradient - here.gradient, here.gap, data, point.u
+        )
+    )
+    updates = may & minimised & ~infeasible
+    return *select(updates, (updated, after), (point, here)), infeasible
+
+
+def _evaluation(
+    data: Data,
+    point: Iterate,
+    here: Assessment,
+    expanded: Expansion,
+    H: Array,
+    H_final: Array,
+    factors: Factors,
+    options: Options,
+) -> Evaluation:
     exact = options.backward_hessian == "exact"
+    constrained = point.g is not None
     return Evaluation(
         costate=here.first.costate,
         free=~here.held,
         kkt_residual=here.kkt_residual,
         linearization=Linearization(
             factors=factors,
-            hessian=here.second.H if exact else here.second.C,
-            F=here.first.F,
-            C_final=here.second.C_final,
+            hessian=H if exact else expanded.C,
+            F=expanded.F,
+            C_final=H_final if exact else expanded.C_final,
             gradient=here.gradient,
+            G=expanded.G,
+            rows=here.rows,
+            rho=point.penalty.rho if constrained else None,
         ),
+        price=augmented.price(point.g, data.prices) if constrained else None,
+        violation=augmented.violation(point.g, data.prices) if constrained else None,
     )
 
 
@@ -296,6 +421,16 @@ def _no_evaluation(point: Iterate) -> Evaluation:
     def zeros(*shape):
         return jnp.zeros((*shape, *batch), point.x.dtype)
 
+    G = rows = rho = price = None
+    if point.g is not None:
+        stage, final = point.g
+        G = Rows(
+            None if stage is None else zeros(*stage.shape[:2], n + m),
+            None if final is None else zeros(final.shape[0], n),
+        )
+        no = jax.tree.map(lambda g: jnp.zeros(g.shape, bool), point.g)
+        rows, rho = RowState(jax.tree.map(jnp.zeros_like, point.g), no, no), zeros()
+        price = zeros()
     return Evaluation(
         costate=zeros(T + 1, n),
         free=zeros(T, m) > 0,
@@ -306,27 +441,35 @@ def _no_evaluation(point: Iterate) -> Evaluation:
             F=zeros(T, n, n + m),
             C_final=zeros(n, n),
             gradient=zeros(T, m),
+            G=G,
+            rows=rows,
+            rho=rho,
         ),
+        price=price,
+        violation=price,
     )
 
 
 def _report(end: _Search) -> tuple[Solution, Linearization]:
-    u, x, costs = end.point
-    feasible = end.status != Status.INFEASIBLE
-    costate, free, kkt_residual, linearization = jax.tree.map(
-        lambda a: jnp.where(feasible, a, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan),
+    u, x, costs, g, _ = end.point
+    crossed = end.status == _CROSSED
+    costate, free, kkt_residual, linearization, price, violation = jax.tree.map(
+        lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
         end.evaluation,
     )
+    objective = jnp.sum(costs, axis=0)
     solution = Solution(
         x=x,
         u=u,
         costate=costate,
         K=linearization.factors.K,
         free=free,
-        objective=jnp.sum(costs, axis=0),
+        objective=objective if price is None else objective + price,
         kkt_residual=kkt_residual,
         iterations=end.iterations,
-        status=end.status,
+        status=jnp.where(crossed, Status.INFEASIBLE, end.status).astype(jnp.int32),
+        multipliers=None if g is None else linearization.rows.multiplier,
+        violation=jnp.zeros_like(objective) if violation is None else violation,
     )
     return solution, linearization
 
@@ -335,6 +478,8 @@ def propose(
     data: Data,
     point: Iterate,
     here: Assessment,
+    F: Array,
+    second: Curvature,
     options: Options,
     regularization: Array,
     certify: Array,
@@ -344,25 +489,27 @@ def propose(
     With ``certify`` nothing is regularized, the active set is that of the point, and the factors
     are those of its exact KKT matrix; in any case they are those with the exact Hessian.
     """
-    first, second, held = here.first, here.second, here.held
+    first, held = here.first, here.held
     u, lower, upper = point.u, data.u_lower, data.u_upper
     low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
     high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
-    exact = second.H if options.hessian == "exact" else jnp.where(certify, second.H, second.C)
+    convex, exact = (second.C, second.C_final), (second.H, second.H_final)
+    if options.hessian != "exact":
+        exact = select(certify, exact, convex)
 
-    def recursion(hessian):
+    def recursion(hessian, final):
         return backward_pass(
-            hessian, first.F, first.c, second.C_final, first.c_final,
+            hessian, F, first.c, final, first.c_final,
             low, high, held, jnp.where(certify, 0, regularization), certify,
         )  # fmt: skip
 
-    with_exact = recursion(exact)
+    with_exact = recursion(*exact)
     factors = with_exact[2]
     fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
     d, free, used, slope, bend = lax.cond(
         jnp.all(fine),
         lambda: with_exact,
-        lambda: select(fine, with_exact, recursion(second.C)),
+        lambda: select(fine, with_exact, recursion(*convex)),
     )
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
@@ -370,7 +517,7 @@ def propose(
 
 
 def along_negative_curvature(
-    data: Data, point: Iterate, here: Assessment, factors: Factors
+    data: Data, point: Iterate, here: Assessment, F: Array, H: Array, factors: Factors
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
     direction of negative curvature, with the later stages answering by their feedback."""
@@ -386,14 +533,14 @@ def along_negative_curvature(
         here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
         return jnp.sum(jnp.where(here, a, 0), axis=0)
 
-    B, V = pick(here.first.F[:, :, n:]), pick(factors.V[1:])
-    Quu = pick(here.second.H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
+    B, V = pick(F[:, :, n:]), pick(factors.V[1:])
+    Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
     direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
     lower, upper = pick(data.u_lower), pick(data.u_upper)
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
     curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(point.costs), axis=0) / curvature)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(point, data.prices)), axis=0) / curvature)
     natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.
@@ -431,13 +578,14 @@ def ilqr_box(
     terminal_cost=None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
+    constraints: Constraints | None = None,
     options: Options = Options(),
 ) -> Solution:
     """Control-limited iLQR with second-order steps: the forward solver alone.
 
         minimise over u   Σ_{t<T} cost(x_t, u_t, t, params) + terminal_cost(x_T, params)
         subject to        x_0 = x_init,  x_{t+1} = dynamics(x_t, u_t, t, params),
-                          u_lower ≤ u_t ≤ u_upper
+                          u_lower ≤ u_t ≤ u_upper,  and the ``constraints``, if there are any
 
     The arguments, the result and the errors are those of ``mpc_solve``, which differentiates the
     solution; this does not, and says so: reverse mode through it is a TypeError, forward mode too.
@@ -452,12 +600,16 @@ def ilqr_box(
     curvature it leaves along negative curvature, or ends INDEFINITE. The objective never rises, up
     to rounding, so the last iterate is the best.
 
+    Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it is
+    minimised as well as the update would upset it, which near a solution is after every step, and
+    its penalty grows until each update closes nearly all of the gap.
+
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
     """
     validation.check_options(options)
     model, data = problem.trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
+        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
     solution, _ = jax.jit(solver(model))(lax.stop_gradient(data), options)
-    return _not_differentiable(solution, data)
+    return _not_differentiable(rows.for_user(model, solution), data)

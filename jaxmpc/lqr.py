@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import lanes, parallel, riccati, validation
+from jaxmpc import constrained, lanes, parallel, riccati, validation
 from jaxmpc.batching import batchwise
+from jaxmpc.constrained import ActiveRows
+from jaxmpc.model import Rows
 from jaxmpc.riccati import Factors, Point, Rhs
 from jaxmpc.types import LQRSolution, RiccatiMethod
 
@@ -27,6 +29,10 @@ def _on_lanes(fn, sizes):
 _factorize = _on_lanes(riccati.factorize, lambda C, F, C_final, free: _sizes(F))
 _substitute = _on_lanes(riccati.substitute, lambda factors, F, rhs: _sizes(F))
 _solve = _on_lanes(riccati.solve, lambda C, F, C_final, free, rhs: _sizes(F))
+_solve_constrained = _on_lanes(
+    functools.partial(constrained.solve, substitute=riccati.substitute),
+    lambda factors, C, F, C_final, free, rows, rhs: _sizes(F),
+)
 
 
 def _sizes(F) -> tuple[int, int]:
@@ -46,47 +52,61 @@ def factorize(
     return _factorize(C, F, C_final, free)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def kkt_solve(
     factors: Factors,
     C: Array,
     F: Array,
     C_final: Array,
     free: Array,
+    rows: ActiveRows | None,
     rhs: Rhs,
     method: RiccatiMethod = "auto",
-) -> tuple[Point, Array]:
-    """The point where the LQR's Lagrangian is stationary, and the feedforward terms.
+) -> Point:
+    """The point where the LQR's Lagrangian is stationary.
 
         minimise Σ ½ zᵀ C z + cᵀ z + ½ x_Tᵀ C_final x_T + c_finalᵀ x_T,  z = (x, u),
-        x_{t+1} = F z + f,  x_0 = x_init,  u = 0 where not free.
+        x_{t+1} = F z + f,  x_0 = x_init,  u = 0 where not free,  G z + g = 0 in active rows.
 
-    ``factors`` are those of (C, F, C_final, free); C is symmetric. With L the Lagrangian and M its
-    Hessian in y = (z, λ), the derivative is dy = −M⁻¹ d(∇L). M is symmetric, so for a cotangent ȳ
-    the backward pass solves M w = −ȳ, the same LQR with c = z̄, f = λ̄ and x_init = λ̄_0, and
-    returns the derivative of wᵀ∇L in the data (eq. 8 and 9). The feedforward terms are not
-    differentiable here. ``method`` is that of ``lqr_solve``, for the backward pass too.
+    ``factors`` are those of (C, F, C_final, free), with active rows those of ``penalised`` C and
+    C_final; C is symmetric. With L the Lagrangian and M its Hessian in y = (z, λ, ν), the
+    derivative is dy = −M⁻¹ d(∇L). M is symmetric, so for a cotangent ȳ the backward pass solves
+    M w = −ȳ, the same LQR with c = z̄, f = λ̄, g = ν̄ and x_init = λ̄_0, and returns the derivative
+    of wᵀ∇L in the data (eq. 8 and 9). ``method`` is that of ``lqr_solve``, for the backward pass
+    too.
     """
-    if method == "parallel":
-        return parallel.substitute(factors, F, rhs)
-    return _substitute(factors, F, rhs)
+    if rows is not None:
+        system = factors, C, F, C_final, free, rows, rhs
+        if method == "parallel":
+            return constrained.solve(*system, parallel.substitute)
+        return _solve_constrained(*system)
+    substitute = parallel.substitute if method == "parallel" else _substitute
+    return substitute(factors, F, rhs)[0]
 
 
-def _kkt_solve_fwd(factors, C, F, C_final, free, rhs, method):
+def _kkt_solve_fwd(factors, C, F, C_final, free, rows, rhs, method):
     # Calling the function itself keeps the saved output differentiable: second derivatives.
-    out = kkt_solve(factors, C, F, C_final, free, rhs, method)
-    return out, (factors, C, F, C_final, free, out[0])
+    point = kkt_solve(factors, C, F, C_final, free, rows, rhs, method)
+    return point, (factors, C, F, C_final, free, rows, point)
 
 
 def _kkt_solve_bwd(method, saved, cotangent):
-    factors, C, F, C_final, free, point = saved
-    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent[0]), method)
+    factors, C, F, C_final, free, rows, point = saved
+    w = kkt_solve(factors, C, F, C_final, free, rows, adjoint_rhs(cotangent), method)
     z = jnp.concatenate([point.x[:-1], point.u], axis=1)
     wz = jnp.concatenate([w.x[:-1], w.u], axis=1)
     C_bar = _symmetric_outer(wz, z)
     F_bar = _outer(point.costate[1:], wz) + _outer(w.costate[1:], z)
     C_final_bar = _symmetric_outer(w.x[-1], point.x[-1])
-    return None, C_bar, F_bar, C_final_bar, None, adjoint_cotangent(w)
+    rows_bar = None
+    if rows is not None:
+        (nu, nu_final), (w_nu, w_nu_final) = point.multiplier, w.multiplier
+        stage = None if nu is None else _outer(nu, wz) + _outer(w_nu, z)
+        final = nu_final
+        if final is not None:
+            final = _outer(nu_final, w.x[-1]) + _outer(w_nu_final, point.x[-1])
+        rows_bar = ActiveRows(Rows(stage, final), None, None)
+    return None, C_bar, F_bar, C_final_bar, None, rows_bar, adjoint_cotangent(w)
 
 
 kkt_solve.defvjp(_kkt_solve_fwd, _kkt_solve_bwd)
@@ -104,7 +124,10 @@ def _attach_plan_fwd(point, factors, C, F, C_final, free, rhs, method):
 
 
 def _attach_plan_bwd(method, saved, cotangent):
-    return None, *_kkt_solve_bwd(method, saved, (cotangent, None))
+    factors, C, F, C_final, free, point = saved
+    saved = factors, C, F, C_final, free, None, point
+    factors_bar, *matrices_bar, _, rhs_bar = _kkt_solve_bwd(method, saved, cotangent)
+    return None, factors_bar, *matrices_bar, rhs_bar
 
 
 _attach_plan.defvjp(_attach_plan_fwd, _attach_plan_bwd)
@@ -113,13 +136,14 @@ _attach_plan.defvjp(_attach_plan_fwd, _attach_plan_bwd)
 def adjoint_rhs(cotangent: Point) -> Rhs:
     """The right-hand side of the adjoint system M w = −ȳ, as that of an LQR problem."""
     c = jnp.concatenate([cotangent.x[:-1], cotangent.u], axis=1)
-    return Rhs(cotangent.costate[0], c, cotangent.costate[1:], cotangent.x[-1])
+    costate, g = cotangent.costate, cotangent.multiplier
+    return Rhs(costate[0], c, costate[1:], cotangent.x[-1], g)
 
 
 def adjoint_cotangent(w: Point) -> Rhs:
     """The cotangents of the right-hand side, from the adjoint solution."""
     c = jnp.concatenate([w.x[:-1], w.u], axis=1)
-    return Rhs(w.costate[0], c, w.costate[1:], w.x[-1])
+    return Rhs(w.costate[0], c, w.costate[1:], w.x[-1], w.multiplier)
 
 
 def _outer(a, b):

@@ -26,13 +26,23 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxmpc import parallel, problem, riccati, validation
-from jaxmpc.expansions import first_order, second_order, stage_costs, stages
+from jaxmpc import augmented, parallel, problem, riccati, rows, validation
+from jaxmpc.augmented import RowState
+from jaxmpc.constrained import ActiveRows, penalised
+from jaxmpc.expansions import (
+    add_squares,
+    constraint_values,
+    expand,
+    first_order,
+    hessians,
+    stage_costs,
+    stages,
+)
 from jaxmpc.ilqr import Linearization, solver
 from jaxmpc.lqr import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
-from jaxmpc.problem import Data, Model
+from jaxmpc.model import Data, Model, Prices, Rows
 from jaxmpc.riccati import Point, Rhs
-from jaxmpc.types import Options, RiccatiMethod, Solution, Status
+from jaxmpc.types import Constraints, Options, RiccatiMethod, Solution, Status
 
 
 def mpc_solve(
@@ -45,13 +55,14 @@ def mpc_solve(
     terminal_cost=None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
+    constraints: Constraints | None = None,
     options: Options = Options(),
 ) -> Solution:
     """Model predictive control whose plan is differentiable in everything that shaped it.
 
         minimise over u   Σ_{t<T} cost(x_t, u_t, t, params) + terminal_cost(x_T, params)
         subject to        x_0 = x_init,  x_{t+1} = dynamics(x_t, u_t, t, params),
-                          u_lower ≤ u_t ≤ u_upper
+                          u_lower ≤ u_t ≤ u_upper,  and the ``constraints``, if there are any
 
     One problem, no batch axis: batch with ``jax.vmap``. Call it under ``jax.jit``: outside of one,
     every call compiles anew, which takes seconds.
@@ -67,6 +78,7 @@ def mpc_solve(
         over traced values too.
       terminal_cost: (x [n], params) -> scalar; none by default.
       u_lower, u_upper: broadcast to [T, m]; ±inf and equal bounds are legal; none by default.
+      constraints: on states and controls, hard or soft, and on the rate: see ``Constraints``.
       options: see ``Options``.
 
     Returns:
@@ -98,9 +110,9 @@ def mpc_solve(
     """
     validation.check_options(options)
     model, data = problem.trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
+        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
-    return jax.jit(_differentiable(model))(data, options)
+    return rows.for_user(model, jax.jit(_differentiable(model))(data, options))
 
 
 def _differentiable(model: Model):
@@ -136,59 +148,124 @@ def _with_derivatives(
 
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
     # differentiate at, another one has to stand in.
-    point = Point(solution.x, solution.u, solution.costate)
-    safe, theta = _stand_in(solved, (point, data.theta))
-    free = solution.free
+    point = Point(solution.x, solution.u, solution.costate, solution.multipliers)
+    safe, theta, prices = _stand_in(solved, (point, data.theta, data.prices))
+    free, state = solution.free, linearization.rows
 
     exact = options.backward_hessian == "exact"
-    factors, *expansion = _zeros_unless(used, linearization)
-    *matrices, multiplier = _attach_expansion(model, exact)(expansion, *_constant((safe, theta)))
+    used_linearization = _zeros_unless(used, linearization)
+    system = _system(used_linearization, _constant(prices))
+    at = _constant((safe, theta, prices))
+    *matrices, G, multiplier = _attach_expansion(model, state, exact)(system, *at)
+    active = None
+    if state is not None:
+        active = ActiveRows(G, state.active, used_linearization.rho)
+    factors = used_linearization.factors
     if not exact:
         C, F, C_final = lax.stop_gradient(matrices)
+        if active is not None:
+            C, C_final = penalised(C, C_final, lax.stop_gradient(active))
         factors = factorize(C, F, C_final, free, options.riccati)
 
     gap = _bound_gap(data, safe.u, free, multiplier)
-    residual = _kkt_residual(model, theta, data.x_init, safe)
-    x, u, costate = _attach(point, residual, gap, factors, matrices, free, policy, options.riccati)
-    lagrangian = _lagrangian(model, theta, data.x_init, safe)
+    residual = _kkt_residual(model, theta, prices, data.x_init, safe, state)
+    moving = _attach(point, residual, gap, factors, matrices, free, active, policy, options.riccati)
+    lagrangian = _lagrangian(model, theta, prices, data.x_init, safe, state)
     objective = _attach_value(solution.objective, lagrangian, gap, multiplier, policy)
-    moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), Point(x, u, costate), safe)
-    K = _attach_gains(model, options.riccati)(solution.K, moving, theta, free, policy)
-    return dataclasses.replace(solution, x=x, u=u, costate=costate, objective=objective, K=K)
+    solution = dataclasses.replace(
+        solution, x=moving.x, u=moving.u, costate=moving.costate, objective=objective
+    )
+    moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), moving, safe)
+    gains = _attach_gains(model, state, linearization.rho, options.riccati)
+    K = gains(solution.K, moving, theta, prices, free, policy)
+    multipliers = _multipliers(model, theta, prices, moving, state)
+    return dataclasses.replace(solution, K=K, multipliers=multipliers)
 
 
-def _kkt_residual(model: Model, theta, x_init: Array, point: Point) -> Rhs:
+def _row_terms(g, multiplier, active, beyond, linear, quadratic):
+    """What a row adds to the Lagrangian: νᵀg where it holds, its price where it has slack."""
+    linear = jnp.where(beyond, linear, 0)  # ∞ for hard rows, and 0 · ∞ has no derivative
+    paid = jnp.where(beyond, (linear + 0.5 * quadratic * g) * g, 0)
+    return jnp.where(active, multiplier * g, paid)
+
+
+def _kkt_residual(
+    model: Model, theta, prices: Prices | None, x_init: Array, point: Point, state: RowState | None
+) -> Rhs:
     """∇L, L the Lagrangian: 0 at a solution, where its derivatives shape those of the solution."""
-    x, u, costate = point
+    x, u, costate, multiplier = point
     n = x_init.shape[0]
+    # Of every row, what ``_row_terms`` takes beside its value.
+    row = (multiplier, state.active, state.beyond, prices.linear, prices.quadratic) if state else ()
+    stage, final = ([part[i] for part in row] for i in range(2))
 
-    def hamiltonian(z, t, costate):
+    def hamiltonian(z, t, costate, stage):
         x, u = z[:n], z[n:]
         x_next = model.dynamics(x, u, t, theta)
-        return model.cost(x, u, t, theta) + costate @ x_next, x_next
+        value, g = model.cost(x, u, t, theta) + costate @ x_next, None
+        if model.constraint is not None:
+            g = model.constraint(x, u, t, theta)
+            value += jnp.sum(_row_terms(g, *stage))
+        return value, (x_next, g)
+
+    def end(x):
+        value, g = jnp.zeros((), x.dtype), None
+        if model.terminal_cost is not None:
+            value += model.terminal_cost(x, theta)
+        if model.final_constraint is not None:
+            g = model.final_constraint(x, theta)
+            value += jnp.sum(_row_terms(g, *final))
+        return value, g
 
     z = jnp.concatenate([x[:-1], u], axis=1)
-    c, x_next = jax.vmap(jax.grad(hamiltonian, has_aux=True))(z, stages(u), costate[1:])
-    c_final = jnp.zeros_like(x_init)
-    if model.terminal_cost is not None:
-        c_final = jax.grad(model.terminal_cost)(x[-1], theta)
+    stage = stage if model.constraint is not None else None
+    c, (x_next, g) = jax.vmap(jax.grad(hamiltonian, has_aux=True))(z, stages(u), costate[1:], stage)
+    c_final, g_final = jax.grad(end, has_aux=True)(x[-1])
+    held = None
+    if state is not None:
+        values = Rows(g, g_final)
+        held = jax.tree.map(lambda g, active: jnp.where(active, g, 0), values, state.active)
     return Rhs(
         x_init=x_init - x[0],
         c=c.at[:, :n].add(-costate[:-1]),
         f=x_next - x[1:],
         c_final=c_final - costate[-1],
+        g=held,
     )
 
 
-def _lagrangian(model: Model, theta, x_init: Array, point: Point) -> Array:
-    """The objective plus costates times dynamics, without the term of the bounds."""
-    x, u, costate = point
+def _lagrangian(
+    model: Model, theta, prices: Prices | None, x_init: Array, point: Point, state: RowState | None
+) -> Array:
+    """The objective plus costates times dynamics and multipliers times constraints, without the
+    term of the bounds."""
+    x, u, costate, multiplier = point
     x_next = jax.vmap(model.dynamics, (0, 0, 0, None))(x[:-1], u, stages(u), theta)
-    return (
+    value = (
         jnp.sum(stage_costs(model, theta, x, u))
         + jnp.vdot(costate[1:], x_next - x[1:])
         + costate[0] @ (x_init - x[0])
     )
+    if state is None:
+        return value
+    g = constraint_values(model, theta, x, u)
+    row = multiplier, state.active, state.beyond, prices.linear, prices.quadratic
+    return value + augmented.total(jax.tree.map(_row_terms, g, *row))
+
+
+def _multipliers(model: Model, theta, prices: Prices | None, point: Point, state: RowState | None):
+    """ν of every row: an unknown of the KKT system where it is active, given by its price where it
+    has slack."""
+    if state is None:
+        return None
+    g = constraint_values(model, theta, point.x, point.u)
+
+    def value(multiplier, active, beyond, g, linear, quadratic):
+        priced = jnp.where(beyond, jnp.where(beyond, linear, 0) + quadratic * g, 0)
+        return jnp.where(active, multiplier, priced)
+
+    row = point.multiplier, state.active, state.beyond, g, prices.linear, prices.quadratic
+    return jax.tree.map(value, *row)
 
 
 def _bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
@@ -200,57 +277,91 @@ def _bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
     return jnp.where(free, 0, bound - u)
 
 
-def _attach_expansion(model: Model, exact: bool):
-    """The identity on [hessian, F, C_final, ∇_u J] at a point, as functions of it and of theta."""
+def _system(at: Linearization, prices: Prices | None) -> list:
+    """[C, F, C_final, G, ∇_u J] of the KKT system; rows with slack are part of the cost."""
+    if at.rows is None:
+        return [at.hessian, at.F, at.C_final, None, at.gradient]
+    C, C_final = _priced(at.hessian, at.C_final, at.G, at.rows, prices)
+    return [C, at.F, C_final, at.G, at.gradient]
+
+
+def _priced(C, C_final, G: Rows, state: RowState, prices: Prices):
+    """C and C_final with the curvature of the prices of the rows with slack."""
+    weights = jax.tree.map(
+        lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
+    )
+    return add_squares(C, C_final, G, weights)
+
+
+def _attach_expansion(model: Model, state: RowState | None, exact: bool):
+    """The identity on the ``_system`` at a point, as a function of it, of theta and the prices."""
 
     @jax.custom_vjp
-    def attach(expansion, point, theta):
-        return expansion
+    def attach(system, state, point, theta, prices):
+        return system
 
     def bwd(saved, cotangent):
-        def expand(point, theta):
-            first = first_order(model, theta, point.x, point.u)
-            second = second_order(model, theta, *point)
-            gradient = first.control_cost + first.control_pull
-            return [second.H if exact else second.C, first.F, second.C_final, gradient]
+        state, *at = saved
 
-        _, vjp = jax.vjp(expand, *saved)
-        return None, *vjp(cotangent)
+        def system(point, theta, prices):
+            return _expanded_system(model, point, theta, prices, state, exact)
 
-    attach.defvjp(lambda expansion, *at: (attach(expansion, *at), at), bwd)
-    return attach
+        _, vjp = jax.vjp(system, *at)
+        return None, None, *vjp(cotangent)
+
+    attach.defvjp(lambda system, *at: (attach(system, *at), at), bwd)
+    return lambda system, *at: attach(system, state, *at)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _expanded_system(
+    model, point: Point, theta, prices, state: RowState | None, exact=True
+) -> list:
+    """``_system`` from the user's functions."""
+    x, u, costate, multiplier = point
+    expanded = expand(model, theta, x, u)
+    first = first_order(expanded, multiplier)
+    C, C_final = expanded.C, expanded.C_final
+    if exact:
+        C, C_final = hessians(model, theta, x, u, expanded, costate, multiplier)
+    if state is not None:
+        C, C_final = _priced(C, C_final, expanded.G, state, prices)
+    gradient = first.control_cost + first.control_pull
+    return [C, expanded.F, C_final, expanded.G, gradient]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _attach(
-    point: Point, residual: Rhs, gap: Array, factors, matrices, free, policy, method
+    point: Point, residual: Rhs, gap: Array, factors, matrices, free, active, policy, method
 ) -> Point:
     """The identity on ``point``, as a function of the KKT residual and the bounds.
 
-    With M the Hessian of the Lagrangian in y = (x, u, λ), free controls only, dy = −M⁻¹ d(∇L):
-    the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f, and w is the
-    cotangent of ∇L. A clamped control moves with its bound; the rest answers.
+    With M the Hessian of the Lagrangian in y = (x, u, λ, ν), free controls and active rows only,
+    dy = −M⁻¹ d(∇L): the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f
+    and ν̄ in that of g, and w is the cotangent of ∇L. A clamped control moves with its bound; the
+    rest answers.
     """
     return point
 
 
-def _attach_fwd(point, residual, gap, factors, matrices, free, policy, method):
-    return point, (factors, matrices, free, policy)
+def _attach_fwd(point, residual, gap, factors, matrices, free, active, policy, method):
+    return point, (factors, matrices, free, active, policy)
 
 
 def _attach_bwd(method, saved, cotangent: Point):
-    factors, (C, F, C_final), free, (used, blank) = saved
+    factors, (C, F, C_final), free, active, (used, blank) = saved
     n = C_final.shape[0]
     cotangent = _zeros_unless(used, cotangent)
-    w, _ = kkt_solve(factors, C, F, C_final, free, adjoint_rhs(cotangent), method)
+    w = kkt_solve(factors, C, F, C_final, free, active, adjoint_rhs(cotangent), method)
     residual_bar = adjoint_cotangent(w)
     pull = jnp.einsum("tij,tj->ti", C[:, n:], residual_bar.c)
     pull += jnp.einsum("tij,ti->tj", F[:, :, n:], w.costate[1:])
+    if active is not None and active.G.stage is not None:
+        pull += jnp.einsum("tij,ti->tj", active.G.stage[:, :, n:], w.multiplier.stage)
     gap_bar = jnp.where(free, 0, cotangent.u + pull)
     residual_bar, gap_bar = jax.tree.map(
         lambda a: jnp.where(used, a, blank), (residual_bar, gap_bar)
     )
-    return None, residual_bar, gap_bar, None, None, None, None
+    return None, residual_bar, gap_bar, None, None, None, None, None
 
 
 _attach.defvjp(_attach_fwd, _attach_bwd)
@@ -276,27 +387,27 @@ def _attach_value_bwd(saved, cotangent):
 _attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
 
 
-def _attach_gains(model: Model, method: RiccatiMethod):
+def _attach_gains(model: Model, state: RowState | None, rho, method: RiccatiMethod):
     module = parallel if method == "parallel" else riccati
 
     @jax.custom_vjp
-    def attach(K, point, theta, free, policy):
+    def attach(K, state, rho, point, theta, prices, free, policy):
         return K
 
     def bwd(saved, cotangent):
-        point, theta, free, (used, blank) = saved
+        state, rho, point, theta, prices, free, (used, blank) = saved
 
-        def gains(point, theta):
-            F = first_order(model, theta, point.x, point.u).F
-            second = second_order(model, theta, *point)
-            return module.factorize(second.H, F, second.C_final, free).K
+        def gains(point, theta, prices):
+            C, F, C_final, G, _ = _expanded_system(model, point, theta, prices, state)
+            if state is not None:
+                C, C_final = penalised(C, C_final, ActiveRows(G, state.active, rho))
+            return module.factorize(C, F, C_final, free).K
 
-        _, vjp = jax.vjp(gains, point, theta)
-        point_bar, theta_bar = vjp(jnp.where(used, cotangent, blank))
-        return None, point_bar, theta_bar, None, None
+        _, vjp = jax.vjp(gains, point, theta, prices)
+        return None, None, None, *vjp(jnp.where(used, cotangent, blank)), None, None
 
-    attach.defvjp(lambda K, *rest: (K, rest), bwd)
-    return attach
+    attach.defvjp(lambda K, *rest: (attach(K, *rest), rest), bwd)
+    return lambda K, *rest: attach(K, state, rho, *rest)
 
 
 @jax.custom_jvp

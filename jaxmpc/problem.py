@@ -6,58 +6,19 @@ jaxpr and hoisting all of its constants gives functions of (x, u, t, theta) alon
 an explicit input, to ``lax.while_loop``, to ``vmap`` and to differentiation.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from jaxmpc import trailing, validation
-
-Theta = Any  # {"params": ..., "constants": ...}
-
-
-class Model(NamedTuple):
-    """Pure functions of one problem; the terminal cost is None where there is none."""
-
-    cost: Callable[[Array, Array, Array, Theta], Array]
-    dynamics: Callable[[Array, Array, Array, Theta], Array]
-    terminal_cost: Callable[[Array, Theta], Array] | None
-    # For a batch, on the last axis of every array: its size, and which leaves of theta have it.
-    batch: tuple[int, ...] = ()
-    batched: Any = False
-
-    def across(self, fn: Callable) -> Callable:
-        """``fn(*arrays, theta)`` of one problem, across the batch if there is one.
-
-        All arrays have the batch but the stage, a scalar.
-        """
-        if not self.batch:
-            return fn
-
-        def call(*args):
-            *arrays, theta = args
-            flags = (*(jnp.ndim(a) > 0 for a in arrays), self.batched)
-            return trailing.vmap(fn, flags, self.batch)(*arrays, theta)
-
-        return call
-
-
-class Data(NamedTuple):
-    """Every array that the solution depends on, of one floating dtype where they are states,
-    controls or bounds. The solution does not depend on ``u_init``, but which one is found does."""
-
-    theta: Theta
-    x_init: Array  # [n]
-    u_init: Array  # [T, m]
-    u_lower: Array  # [T, m]
-    u_upper: Array  # [T, m]
+from jaxmpc import rows, validation
+from jaxmpc.model import Data, Model
 
 
 def trace(
-    cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
+    cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints=None
 ) -> tuple[Model, Data]:
     """Check the arguments and trace the user's functions."""
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
@@ -65,6 +26,9 @@ def trace(
     named = dict(cost=cost, dynamics=dynamics)
     if terminal_cost is not None:
         named["terminal_cost"] = terminal_cost
+    if constraints is not None:
+        validation.check_constraints(constraints)
+        named |= rows.functions(constraints)
     for name, fn in named.items():
         validation.check_callable(name, fn)
 
@@ -72,7 +36,7 @@ def trace(
     while True:
         x, u = _abstract(x_init, dtype), _abstract(u_init[0], dtype)
         traced = {
-            name: _hoist(fn, (x, params) if name == "terminal_cost" else (x, u, _STAGE, params))
+            name: _hoist(fn, (x, params) if "terminal" in name else (x, u, _STAGE, params))
             for name, fn in named.items()
         }
         wider = _check_outputs({name: out for name, (_, _, out) in traced.items()}, x, dtype)
@@ -82,8 +46,6 @@ def trace(
         dtype = wider
 
     def pure(name):
-        if name not in traced:
-            return None
         fn, _, _ = traced[name]
 
         def call(*args):
@@ -95,9 +57,16 @@ def trace(
 
     constants = {name: constants for name, (_, constants, _) in traced.items()}
     theta = {"params": params, "constants": constants}
-    model = Model(pure("cost"), pure("dynamics"), pure("terminal_cost"))
+    functions = {name: pure(name) for name in traced}
+    model = Model(
+        functions.pop("cost"), functions.pop("dynamics"), functions.pop("terminal_cost", None)
+    )
     arrays = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
-    return model, Data(theta, *arrays)
+    data = Data(theta, *arrays)
+    if constraints is None:
+        return model, data
+    sizes = {name: traced[name][2].shape[0] for name in functions}
+    return rows.attach(model, data, functions, sizes, constraints)
 
 
 _STAGE = jax.ShapeDtypeStruct((), jnp.int32)
@@ -126,7 +95,13 @@ def _check_outputs(outputs: dict[str, Any], x: jax.ShapeDtypeStruct, dtype):
         if not isinstance(out, jax.ShapeDtypeStruct):
             raise TypeError(f"{name} must return one array, got {type(out).__name__}")
         shape = x.shape if name == "dynamics" else ()
-        if out.shape != shape:
+        if name.startswith("constraints."):
+            if len(out.shape) != 1 or not out.shape[0]:
+                raise ValueError(
+                    f"{name} must return a vector, one entry a constraint, "
+                    f"got shape {list(out.shape)}"
+                )
+        elif out.shape != shape:
             meaning = f"a state of shape [n] = {list(shape)}" if shape else "a scalar, of shape []"
             raise ValueError(f"{name} must return {meaning}, got shape {list(out.shape)}")
         if not jnp.issubdtype(out.dtype, jnp.floating):

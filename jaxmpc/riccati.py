@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc import lanes
+from jaxmpc.model import Rows
 
 # Up to this many controls the elimination of one stage is unrolled at trace time.
 _MAX_UNROLLED = 8
@@ -33,6 +34,7 @@ class Rhs(NamedTuple):
     c: Array  # [T, n+m]
     f: Array  # [T, n]
     c_final: Array  # [n]
+    g: Rows | None = None  # of the active constraints, if there are any
 
 
 class Point(NamedTuple):
@@ -41,6 +43,7 @@ class Point(NamedTuple):
     x: Array  # [T+1, n]
     u: Array  # [T, m]
     costate: Array  # [T+1, n]
+    multiplier: Rows | None = None  # of the constraints, if there are any
 
 
 def masked_inverse(Q, free, scale):

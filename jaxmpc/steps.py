@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import lanes
+from jaxmpc import augmented, lanes
+from jaxmpc.augmented import Penalty
 from jaxmpc.box_qp import box_qp
-from jaxmpc.expansions import rollout, stage_costs, stages
-from jaxmpc.problem import Data, Model
+from jaxmpc.expansions import constraint_values, rollout, stage_costs, stages
+from jaxmpc.model import Data, Model, Prices, Rows
 from jaxmpc.riccati import Factors, gains, masked_inverse, quadratic_form, value_hessian
 
 _MAX_TRIES = 6  # step lengths tried in one search
@@ -25,6 +26,9 @@ class Iterate(NamedTuple):
     u: Array  # [T, m]
     x: Array  # [T+1, n]
     costs: Array  # [T+1]
+    # Of the constraints, if there are any.
+    g: Rows | None = None  # their values
+    penalty: Penalty | None = None  # what the point is judged by
 
 
 class Step(NamedTuple):
@@ -105,7 +109,25 @@ def definite_threshold(dtype) -> float:
 def iterate(model: Model, data: Data, u: Array) -> Iterate:
     """The point that the controls u lead to."""
     x = rollout(model, data.theta, data.x_init, u)
-    return Iterate(u, x, stage_costs(model, data.theta, x, u))
+    penalty = None
+    if model.constrained:
+        penalty = augmented.start(data.multipliers, jnp.zeros_like(x[0, 0]))
+    return _iterate(model, data, u, x, penalty)
+
+
+def _iterate(model: Model, data: Data, u: Array, x: Array, penalty: Penalty | None) -> Iterate:
+    costs = stage_costs(model, data.theta, x, u)
+    return Iterate(u, x, costs, constraint_values(model, data.theta, x, u), penalty)
+
+
+def merits(point: Iterate, prices: Prices | None) -> Array:
+    """What the search minimises the sum of, [T+1]: the costs, with what the constraints add."""
+    if point.penalty is None:
+        return point.costs
+    stage, final = augmented.values(point.g, point.penalty, prices)
+    costs = point.costs
+    costs = costs if stage is None else costs.at[:-1].add(jnp.sum(stage, axis=1))
+    return costs if final is None else costs.at[-1].add(jnp.sum(final, axis=0))
 
 
 def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
@@ -119,11 +141,11 @@ def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) ->
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
         return dynamics(x_new, u_new, t, data.theta), (x_new, u_new)
 
-    u, x, _ = point
+    u, x = point.u, point.x
     now = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, stages(u))
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, now)
     x_new = jnp.concatenate([x_new, x_final[None]])
-    return Iterate(u_new, x_new, stage_costs(model, data.theta, x_new, u_new))
+    return _iterate(model, data, u_new, x_new, point.penalty)
 
 
 def line_search(
@@ -143,10 +165,11 @@ def line_search(
     """
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
+    merit = merits(point, data.prices)
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
     eps = jnp.finfo(noise.dtype).eps
-    hopeless = escape | (decrease <= eps * jnp.sum(jnp.abs(point.costs), axis=0))
+    hopeless = escape | (decrease <= eps * jnp.sum(jnp.abs(merit), axis=0))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def unfinished(carry):
@@ -159,7 +182,7 @@ def line_search(
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
         new = apply(model, data, point, step, alpha)
-        change = jnp.sum(new.costs - point.costs, axis=0)
+        change = jnp.sum(merits(new, data.prices) - merit, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)
@@ -173,11 +196,11 @@ def line_search(
     return new, search
 
 
-def rounding(point: Iterate, costate: Array) -> Array:
+def rounding(point: Iterate, costate: Array, prices: Prices | None) -> Array:
     """The size of rounding in the objective: that of the costs, and that of each state, which the
     costates amplify."""
     eps = float(jnp.finfo(point.x.dtype).eps)
-    costs, states = jnp.abs(point.costs), jnp.abs(costate * point.x)
+    costs, states = jnp.abs(merits(point, prices)), jnp.abs(costate * point.x)
     return eps * (4 * jnp.sum(costs, axis=0) + jnp.sum(states, axis=(0, 1)))
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import enum
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 from jax import Array
@@ -17,14 +18,17 @@ class Status(enum.IntEnum):
     * ``CONVERGED``: ``kkt_residual`` ≤ tolerance · max(1, |∇_u cost|_∞, |B_tᵀ λ_{t+1}|_∞), the
       terms that cancel at a solution, and the curvature on the free controls is positive: a
       strict local minimum. (Where these terms are far below 1 the test is absolute: give such a
-      cost a larger unit.)
+      cost a larger unit.) Constraints hold to tolerance · max(1, |G_t z_t|), G their Jacobian.
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, yet the residual is above the tolerance.
     * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
       rollout of ``u_init``.
     * ``INDEFINITE``: the first-order conditions hold, but the curvature on the free controls is
       not positive: a saddle or a degenerate minimum, where the implicit gradient does not exist.
-    * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere.
+    * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere; or the search ended where
+      no small change of the controls lessens the violation of the constraints. Then the plan is
+      the least violating one nearby and ``Solution.violation`` says by how much: no proof that
+      there is no feasible plan elsewhere.
     """
 
     CONVERGED = 0
@@ -40,7 +44,7 @@ class Status(enum.IntEnum):
 class Options:
     """Settings of ``ilqr_box`` and ``mpc_solve``; every one has a default that is meant to stay.
 
-    The first four are pytree leaves: changing them does not recompile. The others change the
+    The first five are pytree leaves: changing them does not recompile. The others change the
     program.
 
     Attributes:
@@ -52,6 +56,10 @@ class Options:
       regularization: the first multiple of the stage's curvature that is added to Q_uu. It grows
         by itself when steps fail and falls when they succeed.
       line_search_decay: the ratio, in (0, 1), of successive step lengths (γ in Algorithm 2).
+      trust_region: how far each control may move in one iteration, a number or [m]; None: as far
+        as the objective falls. For models that are right only near the current plan, such as a
+        learned network's. Where the search ends is not changed by it, but which local minimum it
+        finds may be.
       hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
         leaves Q_uu positive definite; "ilqr" takes the paper's, with ∇²cost.
       backward_hessian: the Hessian in the backward pass of ``mpc_solve``: "exact" (the gradients
@@ -69,6 +77,7 @@ class Options:
     max_iterations: ArrayLike = 200
     regularization: ArrayLike = 0.0
     line_search_decay: ArrayLike = 0.5
+    trust_region: ArrayLike | None = None
     hessian: Literal["exact", "ilqr"] = dataclasses.field(
         default="exact", metadata=dict(static=True)
     )
@@ -79,6 +88,96 @@ class Options:
         default="zero", metadata=dict(static=True)
     )
     riccati: RiccatiMethod = dataclasses.field(default="auto", metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slack:
+    """Makes inequalities soft: each may be violated by a slack s = max(g, 0), which is paid for.
+
+        price   linear · s + ½ quadratic · s²
+
+    Attributes:
+      linear: ≥ 0. Up to a multiplier of this size the constraint holds exactly. inf makes it hard.
+      quadratic: ≥ 0 and finite.
+
+    Both broadcast to [T, p] (terminal: [q]), so hard and soft rows can stand in one function.
+    Solutions are differentiable in both.
+    """
+
+    linear: ArrayLike = 0.0
+    quadratic: ArrayLike = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Bounds and prices the change of the controls, d_t = u_t − u_{t−1}.
+
+        price   ½ Σ_t Σ_i weight_i d_ti²      subject to   |d_t| ≤ limit
+
+    Attributes:
+      previous: [m], u_{−1}, the control that was applied before the plan.
+      limit: ≥ 0, broadcasts to [T, m]; inf is legal; None for no limit.
+      weight: ≥ 0, broadcasts to [T, m]; None for no price.
+
+    Solutions are differentiable in all three.
+    """
+
+    previous: ArrayLike
+    limit: ArrayLike | None = None
+    weight: ArrayLike | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """The derivatives of the optimal objective in the constraints' right-hand sides, negated.
+
+    None for those that the problem does not have. Those of inequalities are ≥ 0, and 0 where
+    inactive; that of the rate is signed: positive where u_t − u_{t−1} is at its upper limit.
+    """
+
+    inequality: Array | None = None  # [T, p]
+    equality: Array | None = None  # [T, r]
+    terminal_inequality: Array | None = None  # [q]
+    terminal_equality: Array | None = None  # [s]
+    rate: Array | None = None  # [T, m]
+
+
+def _function() -> Any:
+    return dataclasses.field(default=None, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a plan has to satisfy beside the bounds of its controls; every part is optional.
+
+    Attributes:
+      inequality: (x [n], u [m], t, params) -> [p], ≤ 0 at every stage t < T.
+      equality: (x, u, t, params) -> [r], = 0 at every stage.
+      terminal_inequality: (x_T, params) -> [q], ≤ 0.
+      terminal_equality: (x_T, params) -> [s], = 0.
+      slack: a ``Slack``, which makes ``inequality`` soft; None: it is hard.
+      terminal_slack: the same for ``terminal_inequality``.
+      rate: a ``Rate``.
+      multipliers: where the search starts: those of a solution nearby, as u_init is its plan. It
+        starts at 0 by default, and where an entry is None.
+
+    The functions are differentiated twice, as cost and dynamics are, and may close over traced
+    values. inequality also sees the first state, which no control moves: a constraint on states
+    alone that x_init violates cannot be met.
+    """
+
+    inequality: Callable | None = _function()
+    equality: Callable | None = _function()
+    terminal_inequality: Callable | None = _function()
+    terminal_equality: Callable | None = _function()
+    slack: Slack | None = None
+    terminal_slack: Slack | None = None
+    rate: Rate | None = None
+    multipliers: Multipliers | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -110,6 +209,13 @@ class Solution:
       kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|, the projected gradient.
       iterations: the number of accepted and rejected steps that were tried.
       status: a ``Status``, as int32.
+      multipliers: of the ``Constraints``; None where there are none.
+      violation: the largest violation of a hard constraint, max(g, 0) or |h|; 0 where there is none.
+
+    With ``Constraints``, the objective includes the prices of slack and rate, and kkt_residual is
+    that of the Lagrangian or the distance from feasibility and complementarity, whichever is
+    larger. K is the feedback that holds the active constraints by a large penalty, and with a
+    ``Rate`` it has m further columns, for the change of the control before.
     """
 
     x: Array
@@ -121,6 +227,8 @@ class Solution:
     kkt_residual: Array
     iterations: Array
     status: Array
+    multipliers: Multipliers | None = None
+    violation: Array | float = 0.0
 
 
 @jax.tree_util.register_dataclass

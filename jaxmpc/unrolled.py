@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 
 from jaxmpc import lanes, problem, validation
 from jaxmpc.box_qp import box_qp, clamped
-from jaxmpc.expansions import first_order, second_order
+from jaxmpc.expansions import expand, first_order, hessians
 from jaxmpc.ilqr import assess, tolerances
-from jaxmpc.problem import Data, Model
+from jaxmpc.model import Data, Model
 from jaxmpc.riccati import factorize, masked_inverse
 from jaxmpc.steps import (
     Iterate,
@@ -85,30 +85,37 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
     no, yes = jnp.array(False), jnp.array(True)
 
     def improve(point: Iterate, _):
-        u, x, _ = point
-        first = first_order(model, data.theta, x, u)
-        second = second_order(model, data.theta, x, u, first.costate)
+        u, x = point.u, point.x
+        expanded = expand(model, data.theta, x, u)
+        first = first_order(expanded)
         held = clamped(first.control_cost + first.control_pull, u, lower, upper)
         d, free, factors, slope, bend = backward_pass(
-            second.C, first.F, first.c, second.C_final, first.c_final,
+            expanded.C, expanded.F, first.c, expanded.C_final, first.c_final,
             lower - u, upper - u, held, regularization, no, qp=_differentiable_box_qp,
         )  # fmt: skip
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
         step = Step(target, factors.K, slope, bend)
         constant = lax.stop_gradient((data, point, step))
-        noise = lax.stop_gradient(rounding(point, first.costate))
+        noise = lax.stop_gradient(rounding(point, first.costate, None))
         _, search = line_search(model, *constant, no, yes, noise, decay)
         alpha = jnp.where(search.accepted, search.alpha, 0)
         return apply(model, data, point, step, alpha), None
 
     start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
     point, _ = lax.scan(improve, start, length=num_iterations)
-    end = assess(model, data, point)
+    expanded = expand(model, data.theta, point.x, point.u)
+    end = assess(data, point, expanded)
+    H, H_final = hessians(model, data.theta, point.x, point.u, expanded, end.first.costate)
     small = end.relative <= tolerances(options, dtype)[0]
-    factors = factorize(end.second.H, end.first.F, end.second.C_final, ~end.held)
+    factors = factorize(H, expanded.F, H_final, ~end.held)
     definite = jnp.all(factors.curvature > definite_threshold(dtype))
     status = jnp.select(
-        [~jnp.all(lower <= upper), ~end.finite, small & definite, small],
+        [
+            ~jnp.all(lower <= upper),
+            ~(end.finite & jnp.all(jnp.isfinite(H))),
+            small & definite,
+            small,
+        ],
         [Status.INFEASIBLE, Status.NONFINITE, Status.CONVERGED, Status.INDEFINITE],
         Status.MAX_ITERATIONS,
     )

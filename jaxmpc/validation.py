@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmpc.types import Options, RiccatiMethod
+from jaxmpc.types import Constraints, Multipliers, Options, Rate, RiccatiMethod, Slack
 
 
 def floating(name: str, value) -> Array:
@@ -125,6 +125,35 @@ def _bound(name: str, value, u_init: Array) -> Array:
         ) from None
 
 
+def weight(name: str, value, shape: tuple[int, ...], meaning: str) -> Array:
+    """A non-negative number or array, broadcast to the shape."""
+    array = _as_array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
+    if is_concrete(array) and not np.all(np.asarray(array) >= 0):
+        raise ValueError(f"{name} must be non-negative, got {np.min(array)}")
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to {meaning} = {list(shape)}, got {list(array.shape)}"
+        ) from None
+
+
+def check_constraints(constraints) -> None:
+    if not isinstance(constraints, Constraints):
+        raise TypeError(
+            f"constraints must be a jaxmpc.Constraints, got {type(constraints).__name__}"
+        )
+    kinds = dict(slack=Slack, terminal_slack=Slack, rate=Rate, multipliers=Multipliers)
+    for name, kind in kinds.items():
+        value = getattr(constraints, name)
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(
+                f"constraints.{name} must be a jaxmpc.{kind.__name__}, got {type(value).__name__}"
+            )
+
+
 def check_params(params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
@@ -174,10 +203,16 @@ def check_options(options: Any) -> None:
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),
         regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
         line_search_decay=("between 0 and 1, both excluded", lambda v: 0 < v < 1),
+        trust_region=("positive", lambda v: np.all(np.asarray(v) > 0)),
     )
     for name, (expected, holds) in checks.items():
         value = getattr(options, name)
-        if value is None and name == "tolerance":
+        if value is None and name in ("tolerance", "trust_region"):
+            continue
+        if name == "trust_region" and np.ndim(value) == 1:
+            value = jnp.asarray(value)
+            if is_concrete(value) and not holds(value):
+                raise ValueError(f"options.{name} must be {expected}, got {value}")
             continue
         if not hasattr(value, "dtype") and not isinstance(value, (int, float)):
             raise TypeError(f"options.{name} must be a number, got {type(value).__name__}")

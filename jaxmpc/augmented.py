@@ -1,0 +1,201 @@
+"""The augmented Lagrangian of the constraints.
+
+Every row g of the constraints has a price h(g) that is added to the objective: for a hard
+inequality 0 where g ≤ 0 and ∞ beyond, for an equality ∞ but at 0, for a soft inequality
+linear · s + ½ quadratic · s² with s = max(g, 0). All three are convex, with the conjugate
+
+    h*(ν) = ½ max(ν − linear, 0)² / quadratic   for ν ≥ lower,
+
+lower = 0 for inequalities and −∞ for equalities, linear = ∞ for whatever is hard. In place of h
+the solver minimises its smooth lower model around an estimate μ of the multiplier,
+
+    ψ(g) = max over ν ≥ lower   ν g − h*(ν) − (ν − μ)² / 2ρ,
+
+whose derivative is the maximiser ν itself. A minimum of the whole at which ν = μ is a minimum of
+the problem; hence μ ← ν, again and again, with ρ raised where that closes the gap too slowly.
+
+Source: Rockafellar 1976, Augmented Lagrangians and applications of the proximal point algorithm in
+convex programming; Bertsekas 1982, Constrained Optimization and Lagrange Multiplier Methods, 2.2
+(ψ for hard rows) and 5.3 (for prices with kinks).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmpc import lanes
+from jaxmpc.box_qp import clamped
+from jaxmpc.expansions import Expansion
+from jaxmpc.model import Data, Prices, Rows
+
+_FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
+_GROWTH = 10.0
+# ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
+# valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
+_ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
+_STALLED = 0.95  # an update that leaves more than this share of the gap has not helped
+_PATIENCE = 3  # so many in a row with the largest ρ
+_STATIONARY = 1e-3  # relative size of the gradient of a violation that no step lessens
+
+
+class Penalty(NamedTuple):
+    """The parameters of the augmented Lagrangian, and how their updates went."""
+
+    mu: Rows  # estimates of the multipliers
+    rho: Array  # one a problem; 0 before the first trip
+    gap: Array  # at the last update
+    stalls: Array  # updates in a row that did not lessen it
+
+
+class RowState(NamedTuple):
+    """What the rows do at a point."""
+
+    multiplier: Rows  # ν
+    active: Rows  # bool: held at g = 0
+    beyond: Rows  # bool: soft, with slack
+
+
+def start(mu: Rows, zero: Array) -> Penalty:
+    """``zero``: one a problem."""
+    return Penalty(mu, zero, zero + jnp.inf, zero)
+
+
+def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, Array]:
+    """With a first ρ, if there is none yet; and the largest ρ that leaves the sum of the cost's
+    curvature and the penalty's the digits to tell them apart."""
+    diagonals = Rows(jax.vmap(lanes.diagonal)(expansion.C), lanes.diagonal(expansion.C_final))
+    curvature = largest(jax.tree.map(jnp.abs, diagonals))
+    slope = largest(_norms(expansion.G))
+    usable = (curvature > 0) & (slope > 0)
+    scale = jnp.where(usable, curvature / jnp.where(usable, slope, 1) ** 2, 1)
+    rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * scale)
+    return penalty._replace(rho=rho), scale / float(jnp.finfo(rho.dtype).eps) ** 0.5
+
+
+def update(rows: RowState, penalty: Penalty, gap: Array, size: Array, most: Array) -> Penalty:
+    """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast."""
+    slow = gap > jnp.where(gap <= _NEAR * size, _ENOUGH_NEAR, _ENOUGH_FAR) * penalty.gap
+    room = penalty.rho * _GROWTH <= most
+    stalled = ~room & (gap > _STALLED * penalty.gap)
+    return Penalty(
+        mu=rows.multiplier,
+        rho=jnp.where(slow & room, penalty.rho * _GROWTH, penalty.rho),
+        gap=gap,
+        stalls=jnp.where(stalled, penalty.stalls + 1, 0),
+    )
+
+
+def values(g: Rows, penalty: Penalty, prices: Prices) -> Rows:
+    """ψ of every row."""
+
+    def psi(g, mu, lower, linear, quadratic):
+        nu = _multiplier(g, mu, penalty.rho, lower, linear, quadratic)
+        beyond = jnp.maximum(mu + penalty.rho * g - linear, 0) / (penalty.rho + quadratic)
+        conjugate = 0.5 * quadratic * beyond**2
+        return nu * g - conjugate - 0.5 * (nu - mu) ** 2 / penalty.rho
+
+    return jax.tree.map(psi, g, penalty.mu, *prices)
+
+
+def _multiplier(g, mu, rho, lower, linear, quadratic):
+    free = mu + rho * g
+    beyond = jnp.maximum(free - linear, 0)
+    return jnp.clip(free, lower, linear) + quadratic / (rho + quadratic) * beyond
+
+
+def state(g: Rows, penalty: Penalty, prices: Prices) -> RowState:
+    """The maximiser of ψ in every row, and which of its pieces it lies on."""
+    free = jax.tree.map(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
+    multiplier = jax.tree.map(
+        lambda g, mu, *price: _multiplier(g, mu, penalty.rho, *price), g, penalty.mu, *prices
+    )
+    beyond = jax.tree.map(jnp.greater, free, prices.linear)
+    held = jax.tree.map(jnp.greater, free, prices.lower)
+    return RowState(multiplier, jax.tree.map(lambda a, b: a & ~b, held, beyond), beyond)
+
+
+def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
+    """The weight of GᵀG in the Hessian: ψ'', or with ``exact`` that of the price itself on the
+    rows with slack."""
+
+    def weight(active, beyond, quadratic):
+        with_slack = jnp.where(exact, quadratic, rho * quadratic / (rho + quadratic))
+        return jnp.where(active, rho, jnp.where(beyond, with_slack, 0))
+
+    return jax.tree.map(weight, rows.active, rows.beyond, prices.quadratic)
+
+
+def gap(rows: RowState, penalty: Penalty) -> Array:
+    """How far the rows are from feasible and complementary, in the units of g: |ν − μ| / ρ, which
+    is |g| where a row is held."""
+    moved = jax.tree.map(lambda nu, mu: jnp.abs(nu - mu), rows.multiplier, penalty.mu)
+    return largest(moved) / penalty.rho
+
+
+def price(g: Rows, prices: Prices) -> Array:
+    """What the slack of soft rows costs."""
+
+    def paid(g, linear, quadratic):
+        soft, slack = jnp.isfinite(linear), jnp.maximum(g, 0)
+        return jnp.where(soft, (jnp.where(soft, linear, 0) + 0.5 * quadratic * slack) * slack, 0)
+
+    return total(jax.tree.map(paid, g, prices.linear, prices.quadratic))
+
+
+def violation(g: Rows, prices: Prices) -> Array:
+    """The largest violation of a hard row."""
+
+    def broken(g, lower, linear):
+        over = jnp.where(lower < 0, jnp.abs(g), jnp.maximum(g, 0))
+        return jnp.where(jnp.isfinite(linear), 0, over)
+
+    return largest(jax.tree.map(broken, g, prices.lower, prices.linear))
+
+
+def size(G: Rows, x: Array, u: Array) -> Array:
+    """The largest of the terms |G_ij z_j|, whose rounding the rows cannot be without."""
+    z = jnp.abs(jnp.concatenate([x[:-1], u], axis=1))
+    stage = None if G.stage is None else jnp.sum(jnp.abs(G.stage) * z[:, None], axis=2)
+    final = None if G.final is None else jnp.sum(jnp.abs(G.final) * jnp.abs(x[-1]), axis=1)
+    return largest(Rows(stage, final))
+
+
+def _norms(G: Rows) -> Rows:
+    """The largest entry of the gradient of every row."""
+    stage = None if G.stage is None else jnp.max(jnp.abs(G.stage), axis=2)
+    return Rows(stage, None if G.final is None else jnp.max(jnp.abs(G.final), axis=1))
+
+
+def hopeless(
+    penalty: Penalty, expansion: Expansion, change: Array, gap: Array, data: Data, u: Array
+) -> Array:
+    """Whether no small change of the controls lessens the violation: updates have not for a while,
+    and what they add to the gradient, ρ times that of the violation, vanishes but where bounds
+    hold the controls against it."""
+    held = clamped(change, u, data.u_lower, data.u_upper)
+    left = jnp.max(jnp.where(held, 0, jnp.abs(change)), axis=(0, 1))
+    n = expansion.c_final.shape[0]
+    G, B = expansion.G, expansion.F[:, :, n:]
+    slope = jnp.max(jnp.abs(B), axis=(0, 1, 2)) * largest(_norms(G))
+    if G.stage is not None:
+        slope = jnp.maximum(slope, jnp.max(jnp.abs(G.stage[:, :, n:]), axis=(0, 1, 2)))
+    return (penalty.stalls >= _PATIENCE) & (left <= _STATIONARY * penalty.rho * gap * slope)
+
+
+def largest(rows: Rows) -> Array:
+    """The largest entry of all rows, of each problem."""
+    return _reduce(jnp.maximum, jnp.max, rows)
+
+
+def total(rows: Rows) -> Array:
+    """The sum over all rows, of each problem."""
+    return _reduce(jnp.add, jnp.sum, rows)
+
+
+def _reduce(combine, reduce, rows: Rows) -> Array:
+    parts = [] if rows.stage is None else [reduce(rows.stage, axis=(0, 1))]
+    parts += [] if rows.final is None else [reduce(rows.final, axis=0)]
+    return functools.reduce(combine, parts)

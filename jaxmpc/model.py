@@ -1,0 +1,84 @@
+"""One problem as the solvers see it: pure functions, and every array that they depend on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmpc import trailing
+
+Theta = Any  # {"params": ..., "constants": ...}
+
+
+class Rows(NamedTuple):
+    """Something for every row of the constraints; None where there are no rows."""
+
+    stage: Any  # [T, p, ...]
+    final: Any  # [q, ...]
+
+
+class Prices(NamedTuple):
+    """What it costs to violate a row (``augmented``)."""
+
+    lower: Rows  # of the multiplier: 0 for inequalities, −∞ for equalities
+    linear: Rows  # ∞ for hard rows
+    quadratic: Rows
+
+
+class Layout(NamedTuple):
+    """Where the user's constraints are among the rows: how many rows each has, in this order."""
+
+    inequality: int | None = None
+    rate: int | None = None  # upper limits, then as many lower ones
+    equality: int | None = None
+    terminal_inequality: int | None = None
+    terminal_equality: int | None = None
+    states: int | None = None  # of the user; behind them the control before, if it counts
+
+
+class Model(NamedTuple):
+    """Pure functions of one problem; None where there are none."""
+
+    cost: Callable[[Array, Array, Array, Theta], Array]
+    dynamics: Callable[[Array, Array, Array, Theta], Array]
+    terminal_cost: Callable[[Array, Theta], Array] | None
+    constraint: Callable[[Array, Array, Array, Theta], Array] | None = None  # [p]
+    final_constraint: Callable[[Array, Theta], Array] | None = None  # [q]
+    layout: Layout = Layout()
+    # For a batch, on the last axis of every array: its size, and which leaves of theta have it.
+    batch: tuple[int, ...] = ()
+    batched: Any = False
+
+    @property
+    def constrained(self) -> bool:
+        return self.constraint is not None or self.final_constraint is not None
+
+    def across(self, fn: Callable) -> Callable:
+        """``fn(*arrays, theta)`` of one problem, across the batch if there is one.
+
+        All arrays have the batch but the stage, a scalar.
+        """
+        if not self.batch:
+            return fn
+
+        def call(*args):
+            *arrays, theta = args
+            flags = (*(jnp.ndim(a) > 0 for a in arrays), self.batched)
+            return trailing.vmap(fn, flags, self.batch)(*arrays, theta)
+
+        return call
+
+
+class Data(NamedTuple):
+    """Every array that the solution depends on, of one floating dtype where they are states,
+    controls or bounds. The solution does not depend on ``u_init``, but which one is found does."""
+
+    theta: Theta
+    x_init: Array  # [n]
+    u_init: Array  # [T, m]
+    u_lower: Array  # [T, m]
+    u_upper: Array  # [T, m]
+    # Of the constraints, if there are any.
+    prices: Prices | None = None
+    multipliers: Rows | None = None  # where the search starts
