@@ -36,6 +36,7 @@ _GROWTH = 10.0
 # ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
 # valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
+_DIGITS = 0.4  # the share of a number's digits that ρ may grow by
 _STALLED = 0.95  # an update that leaves more than this share of the gap has not helped
 _PATIENCE = 3  # so many in a row with the largest ρ
 _STATIONARY = 1e-3  # relative size of the gradient of a violation that no step lessens
@@ -51,7 +52,7 @@ class Penalty(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What the rows do at a point."""
+    """Which piece of ψ a row is on, and the slope of that piece."""
 
     multiplier: Rows  # ν
     active: Rows  # bool: held at g = 0
@@ -66,13 +67,33 @@ def start(mu: Rows, zero: Array) -> Penalty:
 def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, Array]:
     """With a first ρ, if there is none yet; and the largest ρ that leaves the sum of the cost's
     curvature and the penalty's the digits to tell them apart."""
-    diagonals = Rows(jax.vmap(lanes.diagonal)(expansion.C), lanes.diagonal(expansion.C_final))
-    curvature = largest(jax.tree.map(jnp.abs, diagonals))
-    slope = largest(_norms(expansion.G))
-    usable = (curvature > 0) & (slope > 0)
-    scale = jnp.where(usable, curvature / jnp.where(usable, slope, 1) ** 2, 1)
-    rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * scale)
-    return penalty._replace(rho=rho), scale / float(jnp.finfo(rho.dtype).eps) ** 0.5
+    stiffness = _stiffness(expansion)
+    rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * stiffness)
+    return penalty._replace(rho=rho), stiffness / float(jnp.finfo(rho.dtype).eps) ** _DIGITS
+
+
+def _stiffness(expansion: Expansion) -> Array:
+    """The curvature of the cost in the direction of the row that it resists least: 1 / Gᵀ C⁻¹ G,
+    with the largest entries of states and of controls for C."""
+    n = expansion.c_final.shape[0]
+    diagonal = jnp.abs(jax.vmap(lanes.diagonal)(expansion.C))
+    final = jnp.max(jnp.abs(lanes.diagonal(expansion.C_final)), axis=0)
+    of_x = jnp.maximum(jnp.max(diagonal[:, :n], axis=(0, 1)), final)
+    of_u = jnp.max(diagonal[:, n:], axis=(0, 1))
+    # Where one is not priced at all, the other's scale is all there is to go by.
+    of_x, of_u = jnp.where(of_x > 0, of_x, of_u), jnp.where(of_u > 0, of_u, of_x)
+    stage, final = expansion.G
+    softest = jnp.zeros_like(of_x)
+    if stage is not None:
+        row = (
+            jnp.max(stage[:, :, :n] ** 2, axis=2) / of_x
+            + jnp.max(stage[:, :, n:] ** 2, axis=2) / of_u
+        )
+        softest = jnp.maximum(softest, jnp.max(row, axis=(0, 1)))
+    if final is not None:
+        softest = jnp.maximum(softest, jnp.max(final**2, axis=(0, 1)) / of_x)
+    usable = (softest > 0) & jnp.isfinite(softest)
+    return jnp.where(usable, 1 / jnp.where(usable, softest, 1), 1)
 
 
 def update(rows: RowState, penalty: Penalty, gap: Array, size: Array, most: Array) -> Penalty:
@@ -107,14 +128,39 @@ def _multiplier(g, mu, rho, lower, linear, quadratic):
 
 
 def state(g: Rows, penalty: Penalty, prices: Prices) -> RowState:
-    """The maximiser of ψ in every row, and which of its pieces it lies on."""
+    """The piece that every row is on, and the maximiser ν of ψ."""
+    return on_pieces(g, penalty, prices, *_pieces(g, penalty, prices))
+
+
+def _pieces(g: Rows, penalty: Penalty, prices: Prices) -> tuple[Rows, Rows]:
     free = jax.tree.map(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
-    multiplier = jax.tree.map(
-        lambda g, mu, *price: _multiplier(g, mu, penalty.rho, *price), g, penalty.mu, *prices
-    )
     beyond = jax.tree.map(jnp.greater, free, prices.linear)
     held = jax.tree.map(jnp.greater, free, prices.lower)
-    return RowState(multiplier, jax.tree.map(lambda a, b: a & ~b, held, beyond), beyond)
+    return jax.tree.map(lambda a, b: a & ~b, held, beyond), beyond
+
+
+def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: Rows) -> RowState:
+    """ψ′ as the quadratic pieces that are named have it at g, be it inside of them or not."""
+    rho = penalty.rho
+
+    def slope(g, mu, active, beyond, lower, linear, quadratic):
+        free = mu + rho * g
+        finite = jnp.where(beyond, linear, 0)
+        with_slack = finite + quadratic / (rho + quadratic) * (free - finite)
+        return jnp.where(active, free, jnp.where(beyond, with_slack, jnp.where(lower < 0, free, 0)))
+
+    return RowState(jax.tree.map(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
+
+
+def predicted(
+    g: Rows, penalty: Penalty, prices: Prices, G: Rows, dx: Array, du: Array
+) -> tuple[Rows, Rows]:
+    """The pieces that the rows will be on after a small step."""
+    dz = jnp.concatenate([dx[:-1], du], axis=1)
+    stage, final = g
+    stage = None if stage is None else stage + jax.vmap(lanes.matvec)(G.stage, dz)
+    final = None if final is None else final + lanes.matvec(G.final, dx[-1])
+    return _pieces(Rows(stage, final), penalty, prices)
 
 
 def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
@@ -177,12 +223,18 @@ def hopeless(
     hold the controls against it."""
     held = clamped(change, u, data.u_lower, data.u_upper)
     left = jnp.max(jnp.where(held, 0, jnp.abs(change)), axis=(0, 1))
+    reach = penalty.rho * gap * slope(expansion)
+    return (penalty.stalls >= _PATIENCE) & (left <= _STATIONARY * reach)
+
+
+def slope(expansion: Expansion) -> Array:
+    """The most that a control moves a row, within its own stage."""
     n = expansion.c_final.shape[0]
     G, B = expansion.G, expansion.F[:, :, n:]
-    slope = jnp.max(jnp.abs(B), axis=(0, 1, 2)) * largest(_norms(G))
+    most = jnp.max(jnp.abs(B), axis=(0, 1, 2)) * largest(_norms(G))
     if G.stage is not None:
-        slope = jnp.maximum(slope, jnp.max(jnp.abs(G.stage[:, :, n:]), axis=(0, 1, 2)))
-    return (penalty.stalls >= _PATIENCE) & (left <= _STATIONARY * penalty.rho * gap * slope)
+        most = jnp.maximum(most, jnp.max(jnp.abs(G.stage[:, :, n:]), axis=(0, 1, 2)))
+    return most
 
 
 def largest(rows: Rows) -> Array:

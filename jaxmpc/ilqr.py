@@ -16,7 +16,15 @@ from jaxmpc import augmented, lanes, problem, rows, validation
 from jaxmpc.augmented import RowState
 from jaxmpc.batching import batchwise
 from jaxmpc.box_qp import clamped
-from jaxmpc.expansions import Expansion, FirstOrder, add_squares, expand, first_order, hessians
+from jaxmpc.expansions import (
+    Expansion,
+    FirstOrder,
+    add_squares,
+    expand,
+    first_order,
+    hessians,
+    rows_pull,
+)
 from jaxmpc.model import Data, Model, Rows
 from jaxmpc.riccati import Factors
 from jaxmpc.steps import (
@@ -37,6 +45,8 @@ from jaxmpc.types import Constraints, Options, Solution, Status
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 # The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves.
 _MINIMISED, _NEAR = 0.1, 1e-2
+_ROUNDING = 16  # roundings of a row that its multiplier need not be better than
+_MAX_GUESSES = 6  # of the rows that a step makes active
 _RUNNING = -1  # the status of a problem that goes on
 _CROSSED = -2  # of one whose bounds exclude each other, from the start
 # So many problems at once fill the vector units and stay in the caches; elsewhere, all of them.
@@ -140,30 +150,6 @@ def assess(data: Data, point: Iterate, expanded: Expansion) -> Assessment:
 def _finite(arrays, batch_axes: int) -> Array:
     return functools.reduce(
         jnp.logical_and, (lanes.every(jnp.isfinite(a), a.ndim - batch_axes) for a in arrays)
-    )
-
-
-class Curvature(NamedTuple):
-    """The Hessians that a recursion takes."""
-
-    C: Array  # [T, n+m, n+m], ∇²cost
-    C_final: Array  # [n, n]
-    H: Array  # [T, n+m, n+m], that of the Hamiltonian
-    H_final: Array  # [n, n]
-
-
-def curvature(
-    data: Data, point: Iterate, here: Assessment, expanded: Expansion, H, H_final, exact: Array
-) -> Curvature:
-    """With constraints, these have the curvature of the augmented Lagrangian too; with ``exact``,
-    that of the prices and ρ GᵀG of the active rows."""
-    if here.rows is None:
-        return Curvature(expanded.C, expanded.C_final, H, H_final)
-    G = expanded.G
-    weights = augmented.weights(here.rows, point.penalty.rho, data.prices, exact)
-    return Curvature(
-        *add_squares(expanded.C, expanded.C_final, G, weights),
-        *add_squares(H, H_final, G, weights),
     )
 
 
@@ -284,9 +270,8 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     H, H_final = hessians(model, data.theta, point.x, point.u, expanded, costate, multipliers)
     finite = here.finite & _finite((H, H_final), running.ndim)
     back |= moved & ~s.finish & ~finite
-    second = curvature(data, point, here, expanded, H, H_final, certify)
     step, factors = propose(
-        data, point, here, expanded.F, second, options, s.regularization, certify
+        data, point, here, expanded, H, H_final, options, s.regularization, certify
     )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
     stationary = small if not model.constrained else finite & (here.stationary <= tolerance)
@@ -295,7 +280,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         jnp.any(escape),
         lambda: select(
             escape,
-            along_negative_curvature(data, point, here, expanded.F, second.H, factors),
+            along_negative_curvature(data, point, here, expanded, H, factors),
             step,
         ),
         lambda: step,
@@ -369,8 +354,17 @@ def _update_multipliers(
     penalty = augmented.update(here.rows, point.penalty, here.gap, here.size, largest_rho)
     updated = point._replace(penalty=penalty)
     after = assess(data, updated, expanded)
+    # Before ρ is raised, the gap must be that of the multipliers, not of the minimisation.
+    raised = penalty.rho > point.penalty.rho
+    share = jnp.where(raised, _MINIMISED**2, _MINIMISED)
+    change = (after.gradient - here.gradient) * (point.penalty.rho / penalty.rho)
+    upset = jnp.max(jnp.where(after.held, 0, jnp.abs(here.gradient + change)), axis=(0, 1))
     minimised = (here.stationary <= tolerance) | settled
-    minimised |= (here.stationary <= _NEAR) & (here.residual <= _MINIMISED * after.residual)
+    # What rounding in a row does to the gradient, by way of ρ.
+    eps = float(jnp.finfo(here.gap.dtype).eps)
+    rounding = eps * point.penalty.rho * here.size * augmented.slope(expanded)
+    minimised |= here.residual <= _ROUNDING * rounding
+    minimised |= (here.stationary <= _NEAR) & (here.residual <= share * upset)
     infeasible = (
         may
         & minimised
@@ -478,8 +472,9 @@ def propose(
     data: Data,
     point: Iterate,
     here: Assessment,
-    F: Array,
-    second: Curvature,
+    expanded: Expansion,
+    H: Array,
+    H_final: Array,
     options: Options,
     regularization: Array,
     certify: Array,
@@ -487,37 +482,117 @@ def propose(
     """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
 
     With ``certify`` nothing is regularized, the active set is that of the point, and the factors
-    are those of its exact KKT matrix; in any case they are those with the exact Hessian.
+    are those of its exact KKT matrix, with ρ GᵀG of the active rows in it; in any case they are
+    those with the exact Hessian.
     """
     first, held = here.first, here.held
     u, lower, upper = point.u, data.u_lower, data.u_upper
     low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
     high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
-    convex, exact = (second.C, second.C_final), (second.H, second.H_final)
-    if options.hessian != "exact":
-        exact = select(certify, exact, convex)
 
-    def recursion(hessian, final):
-        return backward_pass(
-            hessian, F, first.c, final, first.c_final,
-            low, high, held, jnp.where(certify, 0, regularization), certify,
-        )  # fmt: skip
+    def recursions(convex, exact, c, c_final):
+        if options.hessian != "exact":
+            exact = select(certify, exact, convex)
 
-    with_exact = recursion(*exact)
-    factors = with_exact[2]
-    fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
-    d, free, used, slope, bend = lax.cond(
-        jnp.all(fine),
-        lambda: with_exact,
-        lambda: select(fine, with_exact, recursion(*convex)),
-    )
+        def recursion(hessian, final):
+            return backward_pass(
+                hessian, expanded.F, c, final, c_final,
+                low, high, held, jnp.where(certify, 0, regularization), certify,
+            )  # fmt: skip
+
+        with_exact = recursion(*exact)
+        factors = with_exact[2]
+        fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
+        chosen = lax.cond(
+            jnp.all(fine),
+            lambda: with_exact,
+            lambda: select(fine, with_exact, recursion(*convex)),
+        )
+        return chosen, factors
+
+    convex, exact = (expanded.C, expanded.C_final), (H, H_final)
+    if here.rows is None:
+        chosen, factors = recursions(convex, exact, first.c, first.c_final)
+    else:
+        chosen, factors = _with_rows(
+            data, point, here.rows, expanded, convex, exact, certify, recursions
+        )
+    d, free, used, slope, bend = chosen
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
     return Step(target, used.K, slope, bend), factors
 
 
+def _with_rows(
+    data, point, rows: RowState, expanded: Expansion, convex, exact, certify, recursions
+):
+    """``recursions`` on the augmented Lagrangian's model of a step.
+
+    That is quadratic in pieces: rows become active on the way and others cease to be. So the
+    pieces are guessed, at first as those of the point, and corrected by what they lead to, a
+    semismooth Newton iteration; if that comes to no end, those of the point it is.
+    """
+    G, penalty, prices = expanded.G, point.penalty, data.prices
+    n = point.x.shape[1]
+
+    def with_pieces(active, beyond):
+        state = augmented.on_pieces(point.g, penalty, prices, active, beyond)
+        weights = augmented.weights(state, penalty.rho, prices, certify)
+        pull = rows_pull(G, state.multiplier)
+        c = expanded.c if pull.stage is None else expanded.c + pull.stage
+        c_final = expanded.c_final if pull.final is None else expanded.c_final + pull.final
+        return recursions(
+            add_squares(*convex, G, weights), add_squares(*exact, G, weights), c, c_final
+        )
+
+    def led_to(d, K):
+        """The pieces after the step that the model proposes."""
+        low, high = data.u_lower - point.u, data.u_upper - point.u
+
+        def advance(dx, now):
+            F, d, K, low, high = now
+            du = jnp.clip(d + lanes.matvec(K, dx), low, high)
+            return lanes.matvec(F[:, :n], dx) + lanes.matvec(F[:, n:], du), (dx, du)
+
+        start = jnp.zeros_like(point.x[0])
+        dx_final, (dx, du) = lax.scan(advance, start, (expanded.F, d, K, low, high))
+        dx = jnp.concatenate([dx, dx_final[None]])
+        return augmented.predicted(point.g, penalty, prices, G, dx, du)
+
+    local = rows.active, rows.beyond
+
+    def unsettled(carry):
+        _, _, changed, count = carry
+        return jnp.any(changed) & (count <= _MAX_GUESSES)
+
+    def guess(carry):
+        pieces, _, changed, count = carry
+        out = with_pieces(*pieces)
+        (d, _, used, _, _), _ = out
+        there = select(certify, local, led_to(d, used.K))
+        differs = jax.tree.map(jnp.not_equal, there, pieces)
+        changed = functools.reduce(
+            jnp.logical_or,
+            (~lanes.every(~a, a.ndim - changed.ndim) for a in jax.tree.leaves(differs)),
+        )
+        # The last pass is with the local pieces for those that have come to no end.
+        there = select(count + 1 < _MAX_GUESSES, there, local)
+        return select(changed, there, pieces), out, changed, count + 1
+
+    out = jax.eval_shape(lambda: with_pieces(*local))
+    out = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
+    yes = jnp.ones_like(certify)
+    _, out, _, _ = lax.while_loop(unsettled, guess, (local, out, yes, jnp.int32(0)))
+    return out
+
+
 def along_negative_curvature(
-    data: Data, point: Iterate, here: Assessment, F: Array, H: Array, factors: Factors
+    data: Data,
+    point: Iterate,
+    here: Assessment,
+    expanded: Expansion,
+    H: Array,
+    factors: Factors,
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
     direction of negative curvature, with the later stages answering by their feedback."""
@@ -526,6 +601,10 @@ def along_negative_curvature(
     bad = ~(factors.curvature > definite_threshold(point.u.dtype))
     last = T - 1 - jnp.argmax(bad[::-1], axis=0)
     stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
+    if here.rows is not None:
+        G = expanded.G
+        weights = augmented.weights(here.rows, point.penalty.rho, data.prices, jnp.bool_(False))
+        H, _ = add_squares(H, expanded.C_final, G, weights)
     at_last, later = stage == last, stage > last  # [T]
 
     def pick(a):
@@ -533,7 +612,7 @@ def along_negative_curvature(
         here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
         return jnp.sum(jnp.where(here, a, 0), axis=0)
 
-    B, V = pick(F[:, :, n:]), pick(factors.V[1:])
+    B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
     Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
     direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
     lower, upper = pick(data.u_lower), pick(data.u_upper)

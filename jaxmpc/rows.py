@@ -142,17 +142,17 @@ def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
     def of_state(fn):
         return None if fn is None else lambda x, *rest: fn(x[:n], *rest)
 
-    final = model.terminal_cost
-    model = model._replace(
-        cost=cost,
-        dynamics=lambda x, u, t, theta: jnp.concatenate([model.dynamics(x[:n], u, t, theta), u]),
-        terminal_cost=of_state(final),
+    def dynamics(x, u, t, theta):
+        return jnp.concatenate([model.dynamics(x[:n], u, t, theta), u])
+
+    augmented = model._replace(
+        cost=cost, dynamics=dynamics, terminal_cost=of_state(model.terminal_cost)
     )
     data = data._replace(
         theta=data.theta | {"rate": given},
         x_init=jnp.concatenate([data.x_init, previous.astype(dtype)]),
     )
-    return model, data, [of_state(fn) for fn in stage], change if "limit" in given else None
+    return augmented, data, [of_state(fn) for fn in stage], change if "limit" in given else None
 
 
 def _pack(layout: Layout, mu: Multipliers, T: int, dtype) -> Rows:
