@@ -36,7 +36,8 @@ _GROWTH = 10.0
 # ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
 # valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
-_DIGITS = 0.4  # the share of a number's digits that ρ may grow by
+_LARGEST = 3e4, 0.4  # ρ at most, relative to that curvature: so much, or eps to that power
+_ROUNDING = 16  # a residual of so many roundings is not worth another step
 _STALLED = 0.95  # an update that leaves more than this share of the gap has not helped
 _PATIENCE = 3  # so many in a row with the largest ρ
 _STATIONARY = 1e-3  # relative size of the gradient of a violation that no step lessens
@@ -69,7 +70,8 @@ def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, Array]:
     curvature and the penalty's the digits to tell them apart."""
     stiffness = _stiffness(expansion)
     rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * stiffness)
-    return penalty._replace(rho=rho), stiffness / float(jnp.finfo(rho.dtype).eps) ** _DIGITS
+    least, digits = _LARGEST
+    return penalty._replace(rho=rho), stiffness * max(least, _eps(rho) ** -digits)
 
 
 def _stiffness(expansion: Expansion) -> Array:
@@ -96,17 +98,34 @@ def _stiffness(expansion: Expansion) -> Array:
     return jnp.where(usable, 1 / jnp.where(usable, softest, 1), 1)
 
 
-def update(rows: RowState, penalty: Penalty, gap: Array, size: Array, most: Array) -> Penalty:
-    """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast."""
-    slow = gap > jnp.where(gap <= _NEAR * size, _ENOUGH_NEAR, _ENOUGH_FAR) * penalty.gap
+def update(
+    rows: RowState, penalty: Penalty, gap: Array, size: Array, tolerance: Array, noisy: Array, most
+) -> Penalty:
+    """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast; a smaller one where
+    the gap is closed, and the rounding of g, which ρ multiplies, is what is left of the gradient.
+    """
+    closed = gap <= tolerance * size
+    enough = jnp.where(gap <= _NEAR * size, _ENOUGH_NEAR, _ENOUGH_FAR)
+    slow = ~closed & (gap > enough * penalty.gap)
     room = penalty.rho * _GROWTH <= most
-    stalled = ~room & (gap > _STALLED * penalty.gap)
+    stalled = ~closed & ~room & (gap > _STALLED * penalty.gap)
+    rho = jnp.where(closed & noisy, penalty.rho / _GROWTH, penalty.rho)
     return Penalty(
         mu=rows.multiplier,
-        rho=jnp.where(slow & room, penalty.rho * _GROWTH, penalty.rho),
+        rho=jnp.where(slow & room, penalty.rho * _GROWTH, rho),
         gap=gap,
         stalls=jnp.where(stalled, penalty.stalls + 1, 0),
     )
+
+
+def drowned(residual: Array, penalty: Penalty, expansion: Expansion, size: Array) -> Array:
+    """Whether the gradient is what the rounding of g makes of it, by way of ρ."""
+    rounding = _eps(size) * penalty.rho * size * slope(expansion)
+    return residual <= _ROUNDING * rounding
+
+
+def _eps(a: Array) -> float:
+    return float(jnp.finfo(a.dtype).eps)
 
 
 def values(g: Rows, penalty: Penalty, prices: Prices) -> Rows:

@@ -45,7 +45,6 @@ from jaxmpc.types import Constraints, Options, Solution, Status
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 # The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves.
 _MINIMISED, _NEAR = 0.1, 1e-2
-_ROUNDING = 16  # roundings of a row that its multiplier need not be better than
 _MAX_GUESSES = 6  # of the rows that a step makes active
 _RUNNING = -1  # the status of a problem that goes on
 _CROSSED = -2  # of one whose bounds exclude each other, from the start
@@ -274,8 +273,13 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         data, point, here, expanded, H, H_final, options, s.regularization, certify
     )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
-    stationary = small if not model.constrained else finite & (here.stationary <= tolerance)
-    escape = running & finite & (certify | model.constrained) & stationary & ~definite
+    escape = certify & small
+    if model.constrained:
+        # Between updates nothing is certified. And a saddle of the augmented Lagrangian, a plan
+        # into the middle of an obstacle, is left at once: its multipliers mean nothing.
+        fresh = s.regularization < _FIRST_REGULARIZATION
+        escape |= ~certify & (here.stationary <= jnp.where(fresh, _NEAR, tolerance))
+    escape &= running & finite & ~definite
     step = lax.cond(
         jnp.any(escape),
         lambda: select(
@@ -351,7 +355,11 @@ def _update_multipliers(
     As good as: the gradient is small beside what the update makes of it. One Newton step an update
     is then enough, and the rest of the minimisation comes with the next.
     """
-    penalty = augmented.update(here.rows, point.penalty, here.gap, here.size, largest_rho)
+    drowned = augmented.drowned(here.residual, point.penalty, expanded, here.size)
+    noisy = drowned & ~(here.stationary <= tolerance)
+    penalty = augmented.update(
+        here.rows, point.penalty, here.gap, here.size, tolerance, noisy, largest_rho
+    )
     updated = point._replace(penalty=penalty)
     after = assess(data, updated, expanded)
     # Before ρ is raised, the gap must be that of the multipliers, not of the minimisation.
@@ -359,11 +367,7 @@ def _update_multipliers(
     share = jnp.where(raised, _MINIMISED**2, _MINIMISED)
     change = (after.gradient - here.gradient) * (point.penalty.rho / penalty.rho)
     upset = jnp.max(jnp.where(after.held, 0, jnp.abs(here.gradient + change)), axis=(0, 1))
-    minimised = (here.stationary <= tolerance) | settled
-    # What rounding in a row does to the gradient, by way of ρ.
-    eps = float(jnp.finfo(here.gap.dtype).eps)
-    rounding = eps * point.penalty.rho * here.size * augmented.slope(expanded)
-    minimised |= here.residual <= _ROUNDING * rounding
+    minimised = (here.stationary <= tolerance) | settled | drowned
     minimised |= (here.stationary <= _NEAR) & (here.residual <= share * upset)
     infeasible = (
         may
