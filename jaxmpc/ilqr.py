@@ -4,6 +4,7 @@ Every trip of the loop first evaluates the current point, and stops there or mov
 solution reports was computed at the very point that it returns.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -197,6 +198,9 @@ def solver(model: Model):
             arrays = jax.tree.map(
                 lambda a, own: a if own else lanes.spread(a, width), data[1:], batched[0][1:]
             )
+            if options.trust_region is not None and not batched[1].trust_region:
+                reach = lanes.spread(options.trust_region, width)
+                options = dataclasses.replace(options, trust_region=reach)
             return Data(data.theta, *arrays), options
 
         lifted = model._replace(batch=(width,), batched=batched[0].theta)
@@ -269,8 +273,9 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     H, H_final = hessians(model, data.theta, point.x, point.u, expanded, costate, multipliers)
     finite = here.finite & _finite((H, H_final), running.ndim)
     back |= moved & ~s.finish & ~finite
+    near = _within_reach(data, point, options)
     step, factors = propose(
-        data, point, here, expanded, H, H_final, options, s.regularization, certify
+        near, point, here, expanded, H, H_final, options, s.regularization, certify
     )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
     escape = certify & small
@@ -284,7 +289,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         jnp.any(escape),
         lambda: select(
             escape,
-            along_negative_curvature(data, point, here, expanded, H, factors),
+            along_negative_curvature(near, point, here, expanded, H, factors),
             step,
         ),
         lambda: step,
@@ -295,7 +300,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     stop = ~finite | back | converged | stuck | out_of_time
     new, search = line_search(
         model,
-        data,
+        near,
         point,
         step,
         escape,
@@ -337,6 +342,17 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     # point that stays: their evaluation comes out the same again, and the largest arrays need no
     # selection.
     return select(running, after, s._replace(evaluation=after.evaluation))
+
+
+def _within_reach(data: Data, point: Iterate, options: Options) -> Data:
+    """The bounds of the next step."""
+    reach = options.trust_region
+    if reach is None:
+        return data
+    return data._replace(
+        u_lower=jnp.maximum(data.u_lower, point.u - reach),
+        u_upper=jnp.minimum(data.u_upper, point.u + reach),
+    )
 
 
 def _update_multipliers(
@@ -694,5 +710,6 @@ def ilqr_box(
     model, data = problem.trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
+    options = validation.with_trust_region(options, data.u_init)
     solution, _ = jax.jit(solver(model))(lax.stop_gradient(data), options)
     return _not_differentiable(rows.for_user(model, solution), data)

@@ -112,6 +112,7 @@ def mpc_solve(
     model, data = problem.trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
+    options = validation.with_trust_region(options, data.u_init)
     return rows.for_user(model, jax.jit(_differentiable(model))(data, options))
 
 

@@ -1,6 +1,7 @@
 """Checks of what users pass, at trace time: every message names the argument, what came and what
 was expected. Values can only be checked where they are concrete; traced ones end in a status."""
 
+import dataclasses
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -203,16 +204,10 @@ def check_options(options: Any) -> None:
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),
         regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
         line_search_decay=("between 0 and 1, both excluded", lambda v: 0 < v < 1),
-        trust_region=("positive", lambda v: np.all(np.asarray(v) > 0)),
     )
     for name, (expected, holds) in checks.items():
         value = getattr(options, name)
-        if value is None and name in ("tolerance", "trust_region"):
-            continue
-        if name == "trust_region" and np.ndim(value) == 1:
-            value = jnp.asarray(value)
-            if is_concrete(value) and not holds(value):
-                raise ValueError(f"options.{name} must be {expected}, got {value}")
+        if value is None and name == "tolerance":
             continue
         if not hasattr(value, "dtype") and not isinstance(value, (int, float)):
             raise TypeError(f"options.{name} must be a number, got {type(value).__name__}")
@@ -220,3 +215,14 @@ def check_options(options: Any) -> None:
             raise ValueError(f"options.{name} must be a scalar, got shape {list(np.shape(value))}")
         if is_concrete(value) and not holds(value):
             raise ValueError(f"options.{name} must be {expected}, got {value}")
+
+
+def with_trust_region(options: Options, u_init: Array) -> Options:
+    """The options with a trust region of shape [m], if there is one."""
+    if options.trust_region is None:
+        return options
+    m = u_init.shape[1:]
+    array = weight("options.trust_region", options.trust_region, m, "[m]")
+    if is_concrete(array) and not np.all(np.asarray(array) > 0):
+        raise ValueError(f"options.trust_region must be positive, got {np.min(array)}")
+    return dataclasses.replace(options, trust_region=array.astype(u_init.dtype))
