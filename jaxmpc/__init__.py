@@ -4,6 +4,7 @@ from jaxmpc.certificate import Certificate, GradientReport, certify, check_gradi
 from jaxmpc.closed_loop import receding_horizon
 from jaxmpc.diagnosis import summarize
 from jaxmpc.ilqr import ilqr_box
+from jaxmpc.linear_quadratic import Affine, Quadratic
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.types import (
@@ -20,6 +21,7 @@ from jaxmpc.types import (
 from jaxmpc.unrolled import ilqr_unrolled
 
 __all__ = [
+    "Affine",
     "Certificate",
     "Constraints",
     "Episode",
@@ -27,6 +29,7 @@ __all__ = [
     "LQRSolution",
     "Multipliers",
     "Options",
+    "Quadratic",
     "Rate",
     "Slack",
     "Solution",

@@ -23,26 +23,54 @@ def along(model: Model, fn, theta: Theta, *arrays: Array) -> Array:
     return jax.vmap(lambda *args: each(*args, theta))(*arrays, stages(arrays[0]))
 
 
+def transition(model: Model, theta: Theta, u: Array):
+    """The dynamics as a function of (x, u, now), and what ``now`` is at each stage."""
+    if "dynamics" in model.given:
+        affine = model.matrices("dynamics", theta)
+
+        def step(x, u, now):
+            F, f = now
+            return lanes.materialize(
+                lambda F, z, f: lanes.matvec(F, z) + f, F, jnp.concatenate([x, u]), f
+            )
+
+        return step, (affine.F, affine.f)
+    dynamics = model.across(model.dynamics)
+    return (lambda x, u, t: dynamics(x, u, t, theta)), stages(u)
+
+
 def rollout(model: Model, theta: Theta, x_init: Array, u: Array) -> Array:
     """x [T+1, n] of the controls u [T, m]."""
-    dynamics = model.across(model.dynamics)
+    step, at = transition(model, theta, u)
 
-    def step(x, data):
-        u, t = data
-        return dynamics(x, u, t, theta), x
+    def advance(x, data):
+        u, now = data
+        return step(x, u, now), x
 
-    x_final, x = lax.scan(step, x_init, (u, stages(u)))
+    x_final, x = lax.scan(advance, x_init, (u, at))
     return jnp.concatenate([x, x_final[None]])
 
 
 def stage_costs(model: Model, theta: Theta, x: Array, u: Array) -> Array:
     """The T stage costs, and the terminal cost last: [T+1]."""
-    costs = along(model, model.cost, theta, x[:-1], u)
+    if "cost" in model.given:
+        given = model.matrices("cost", theta)
+        z = jnp.concatenate([x[:-1], u], axis=1)
+        costs = jax.vmap(_quadratic)(given.C, given.c, z)
+    else:
+        costs = along(model, model.cost, theta, x[:-1], u)
     if model.terminal_cost is None:
         final = jnp.zeros_like(costs[0])
+    elif "terminal_cost" in model.given:
+        given = model.matrices("terminal_cost", theta)
+        final = _quadratic(given.C, given.c, x[-1])
     else:
         final = model.across(model.terminal_cost)(x[-1], theta)
     return jnp.concatenate([costs, final[None]])
+
+
+def _quadratic(C, c, z):
+    return lanes.dot(z, 0.5 * lanes.matvec(C, z) + c)
 
 
 def constraint_values(model: Model, theta: Theta, x: Array, u: Array) -> Rows | None:
@@ -93,8 +121,20 @@ def expand(model: Model, theta: Theta, x: Array, u: Array) -> Expansion:
     n = x.shape[1]
     cost, dynamics, constraint = _stage_functions(model, n)
     z = jnp.concatenate([x[:-1], u], axis=1)
+    if "cost" in model.given:
+        given = model.matrices("cost", theta)
+        c, C = jax.vmap(lanes.matvec)(given.C, z) + given.c, given.C
+    else:
+        c, C = along(model, jax.grad(cost), theta, z), along(model, jax.hessian(cost), theta, z)
+    if "dynamics" in model.given:
+        F = model.matrices("dynamics", theta).F
+    else:
+        F = along(model, jax.jacfwd(dynamics), theta, z)
     if model.terminal_cost is None:
         c_final, C_final = jnp.zeros_like(x[-1]), jnp.zeros((n, *x.shape[1:]), x.dtype)
+    elif "terminal_cost" in model.given:
+        given = model.matrices("terminal_cost", theta)
+        c_final, C_final = lanes.matvec(given.C, x[-1]) + given.c, given.C
     else:
         c_final = model.across(jax.grad(model.terminal_cost))(x[-1], theta)
         C_final = model.across(jax.hessian(model.terminal_cost))(x[-1], theta)
@@ -106,14 +146,7 @@ def expand(model: Model, theta: Theta, x: Array, u: Array) -> Expansion:
         if model.final_constraint is not None:
             final = model.across(jax.jacfwd(model.final_constraint))(x[-1], theta)
         G = Rows(stage, final)
-    return Expansion(
-        c=along(model, jax.grad(cost), theta, z),
-        C=along(model, jax.hessian(cost), theta, z),
-        F=along(model, jax.jacfwd(dynamics), theta, z),
-        c_final=c_final,
-        C_final=C_final,
-        G=G,
-    )
+    return Expansion(c, C, F, c_final, C_final, G)
 
 
 @lanes.any_rank
@@ -151,16 +184,18 @@ def hessians(
     that of the terminal cost + νᵀ g."""
     _, dynamics, constraint = _stage_functions(model, x.shape[1])
     z = jnp.concatenate([x[:-1], u], axis=1)
-    if model.constraint is None:
-        bend = jax.hessian(lambda z, costate, t, theta: costate @ dynamics(z, t, theta))
-        H = expansion.C + along(model, bend, theta, z, costate[1:])
-    else:
+    H = expansion.C
+    # What bends, each with its multipliers.
+    curved = [] if "dynamics" in model.given else [(dynamics, costate[1:])]
+    curved += [] if model.constraint is None else [(constraint, multipliers.stage)]
+    if curved:
+        functions, weights = zip(*curved, strict=True)
 
-        def bending(z, costate, multiplier, t, theta):
-            return costate @ dynamics(z, t, theta) + multiplier @ constraint(z, t, theta)
+        def bending(z, *rest):
+            *weights, t, theta = rest
+            return sum(w @ fn(z, t, theta) for fn, w in zip(functions, weights, strict=True))
 
-        bends = along(model, jax.hessian(bending), theta, z, costate[1:], multipliers.stage)
-        H = expansion.C + bends
+        H = H + along(model, jax.hessian(bending), theta, z, *weights)
     H_final = expansion.C_final
     if model.final_constraint is not None:
         bend = jax.hessian(lambda x, nu, theta: nu @ model.final_constraint(x, theta))

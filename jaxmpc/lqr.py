@@ -241,6 +241,6 @@ def lqr_solve(
     system = C, args.F, C_final, args.free
     solve = parallel.solve if method == "parallel" else _solve
     factors, point, k = solve(*lax.stop_gradient((*system, rhs)))
-    x, u, costate = _attach_plan(point, factors, *system, rhs, method)
+    x, u, costate, _ = _attach_plan(point, factors, *system, rhs, method)
     K, k = _attach_gains((factors.K, k), *system, rhs, method)
     return LQRSolution(x, u, costate, K, k)

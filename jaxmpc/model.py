@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import trailing
+from jaxmpc import lanes, trailing
 
 Theta = Any  # {"params": ..., "constants": ...}
 
@@ -46,9 +47,20 @@ class Model(NamedTuple):
     constraint: Callable[[Array, Array, Array, Theta], Array] | None = None  # [p]
     final_constraint: Callable[[Array, Theta], Array] | None = None  # [q]
     layout: Layout = Layout()
+    # Of cost, dynamics and terminal_cost, those that are given by their matrices.
+    given: tuple[str, ...] = ()
     # For a batch, on the last axis of every array: its size, and which leaves of theta have it.
     batch: tuple[int, ...] = ()
     batched: Any = False
+
+    def matrices(self, name: str, theta: Theta):
+        """Those of a given function; of a batch, on every lane."""
+        given = theta["constants"][name]
+        if not self.batch:
+            return given
+        (width,) = self.batch
+        own = self.batched["constants"][name]
+        return jax.tree.map(lambda a, own: a if own else lanes.spread(a, width), given, own)
 
     @property
     def constrained(self) -> bool:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from jaxmpc import rows, validation
+from jaxmpc import linear_quadratic, rows, validation
+from jaxmpc.linear_quadratic import Affine, Quadratic
 from jaxmpc.model import Data, Model
 
 
@@ -29,8 +30,13 @@ def trace(
     if constraints is not None:
         validation.check_constraints(constraints)
         named |= rows.functions(constraints)
+    T, m = u_init.shape
+    given = []
     for name, fn in named.items():
         validation.check_callable(name, fn)
+        if isinstance(fn, Affine if name == "dynamics" else Quadratic):
+            given.append(name)
+            named[name] = linear_quadratic.checked(name, fn, x_init.shape[0], m, T)
 
     dtype = jnp.result_type(x_init, u_init, u_lower, u_upper)
     while True:
@@ -56,11 +62,12 @@ def trace(
         return call
 
     constants = {name: constants for name, (_, constants, _) in traced.items()}
+    constants |= {name: jax.tree.map(lambda a: a.astype(dtype), named[name]) for name in given}
     theta = {"params": params, "constants": constants}
     functions = {name: pure(name) for name in traced}
     model = Model(
         functions.pop("cost"), functions.pop("dynamics"), functions.pop("terminal_cost", None)
-    )
+    )._replace(given=tuple(given))
     arrays = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
     data = Data(theta, *arrays)
     if constraints is None:
@@ -78,6 +85,8 @@ def _abstract(a: Array, dtype) -> jax.ShapeDtypeStruct:
 
 def _hoist(fn, args):
     """``fn`` as a function of (constants, *args), its constants, and its output's shape."""
+    if isinstance(fn, Affine | Quadratic):
+        return lambda given, *args: given(*args), fn, jax.eval_shape(fn, *args)
     # Without the mesh of devices that is in use: the solver deals the batch out itself.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)

@@ -146,7 +146,7 @@ def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
         return jnp.concatenate([model.dynamics(x[:n], u, t, theta), u])
 
     augmented = model._replace(
-        cost=cost, dynamics=dynamics, terminal_cost=of_state(model.terminal_cost)
+        cost=cost, dynamics=dynamics, terminal_cost=of_state(model.terminal_cost), given=()
     )
     data = data._replace(
         theta=data.theta | {"rate": given},

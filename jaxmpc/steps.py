@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxmpc import augmented, lanes
 from jaxmpc.augmented import Penalty
 from jaxmpc.box_qp import box_qp
-from jaxmpc.expansions import constraint_values, rollout, stage_costs, stages
+from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
 from jaxmpc.model import Data, Model, Prices, Rows
 from jaxmpc.riccati import Factors, gains, masked_inverse, quadratic_form, value_hessian
 
@@ -132,18 +132,18 @@ def merits(point: Iterate, prices: Prices | None) -> Array:
 
 def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
     """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
-    dynamics = model.across(model.dynamics)
+    transit, at = transition(model, data.theta, point.u)
 
-    def advance(x_new, now):
-        u, target, K, x, lower, upper, t = now
+    def advance(x_new, stage):
+        u, target, K, x, lower, upper, now = stage
         # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
         straight = jnp.where(alpha == 1, target, u + alpha * (target - u))
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
-        return dynamics(x_new, u_new, t, data.theta), (x_new, u_new)
+        return transit(x_new, u_new, now), (x_new, u_new)
 
     u, x = point.u, point.x
-    now = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, stages(u))
-    x_final, (x_new, u_new) = lax.scan(advance, data.x_init, now)
+    along = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, at)
+    x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
     return _iterate(model, data, u_new, x_new, point.penalty)
 

@@ -1,0 +1,92 @@
+"""Costs and dynamics that are given by their matrices.
+
+Wherever ``mpc_solve`` takes a cost or a dynamics it takes these too. They are functions like any
+others, but the solver need not differentiate them: their expansions are the matrices themselves.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxmpc import validation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """The quadratic cost ½ zᵀ C_t z + c_tᵀ z of a stage, z = (x, u); or that of the end, z = x.
+
+    Attributes:
+      C: [T, n+m, n+m], or [n+m, n+m] for all stages; of the end [n, n]. Only its symmetric part
+        counts.
+      c: [T, n+m] or [n+m]; of the end [n]; 0 by default.
+
+    Solutions are differentiable in both, as in whatever a cost closes over. Under ``jax.vmap``
+    they may have the batch's axis or be shared.
+    """
+
+    C: ArrayLike
+    c: ArrayLike | None = None
+
+    def __call__(self, x: Array, *rest):
+        """As cost(x, u, t, params), or as terminal_cost(x, params)."""
+        if len(rest) == 1:
+            C, c, z = self.C, self.c, x
+        else:
+            u, t, _ = rest
+            C, c = at_stage(self.C, 2, t), at_stage(self.c, 1, t)
+            z = jnp.concatenate([x, u])
+        value = 0.5 * z @ (jnp.asarray(C) @ z)
+        return value if c is None else value + jnp.asarray(c) @ z
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """The affine dynamics x_{t+1} = F_t z + f_t, z = (x, u).
+
+    Attributes:
+      F: [T, n, n+m], or [n, n+m] for all stages: the matrices (A, B) side by side.
+      f: [T, n] or [n]; 0 by default.
+
+    Solutions are differentiable in both.
+    """
+
+    F: ArrayLike
+    f: ArrayLike | None = None
+
+    def __call__(self, x: Array, u: Array, t, params) -> Array:
+        x_next = jnp.asarray(at_stage(self.F, 2, t)) @ jnp.concatenate([x, u])
+        return x_next if self.f is None else x_next + jnp.asarray(at_stage(self.f, 1, t))
+
+
+def at_stage(array, rank: int, t):
+    """The entry of stage t, if there is one for each."""
+    return array if array is None or jnp.ndim(array) == rank else jnp.asarray(array)[t]
+
+
+def checked(name: str, given: Quadratic | Affine, n: int, m: int, T: int) -> Quadratic | Affine:
+    """With all of its matrices, for every stage; C symmetric."""
+    if isinstance(given, Affine):
+        F = _shaped(f"{name}.F", given.F, (n, n + m), "n, n+m", T)
+        f = jnp.zeros(n, F.dtype) if given.f is None else given.f
+        return Affine(F, _shaped(f"{name}.f", f, (n,), "n", T))
+    size, letter, stages = (n, "n", None) if name == "terminal_cost" else (n + m, "n+m", T)
+    C = _shaped(f"{name}.C", given.C, (size, size), f"{letter}, {letter}", stages)
+    c = jnp.zeros(size, C.dtype) if given.c is None else given.c
+    c = _shaped(f"{name}.c", c, (size,), letter, stages)
+    return Quadratic((C + jnp.swapaxes(C, -1, -2)) * 0.5, c)
+
+
+def _shaped(name: str, value, shape: tuple[int, ...], letters: str, T: int | None) -> Array:
+    array = validation.floating(name, value)
+    full = shape if T is None else (T, *shape)
+    if array.shape not in (shape, full):
+        expected = f"[{letters}] = {list(shape)}"
+        if T is not None:
+            expected = f"[T, {letters}] = {list(full)} or {expected}"
+        raise ValueError(f"{name} must have shape {expected}, got {list(array.shape)}")
+    return jnp.broadcast_to(array, full)
