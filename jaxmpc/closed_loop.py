@@ -1,15 +1,16 @@
 """Receding-horizon control: solve, apply the first control, shift the plan, repeat."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, validation
+from jaxmpc import problem, rows, validation
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.types import Episode, Options
+from jaxmpc.types import Constraints, Episode, Multipliers, Options, Status
 
 
 def receding_horizon(
@@ -24,6 +25,7 @@ def receding_horizon(
     terminal_cost=None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
+    constraints: Constraints | None = None,
     options: Options = Options(),
 ) -> Episode:
     """Control a plant in closed loop with ``mpc_solve``.
@@ -32,7 +34,7 @@ def receding_horizon(
 
         minimise over u   Σ_{i<T} cost(z_i, u_i, k+i, params) + terminal_cost(z_T, params)
         subject to        z_0 = x_k,  z_{i+1} = dynamics(z_i, u_i, k+i, params),
-                          u_lower ≤ u_i ≤ u_upper,
+                          u_lower ≤ u_i ≤ u_upper,  and the ``constraints``,
 
     applies the first control, x_{k+1} = plant(x_k, u_0, k, params), and starts the next solve from
     its plan shifted by one stage, the last control repeated. The stage index that the functions
@@ -46,6 +48,9 @@ def receding_horizon(
       plant: (x, u, t, params) -> next state of shape [n]; ``dynamics`` by default. Any JAX function
         will do: other physics than the model's, disturbances indexed by t, a learned residual.
       u_lower, u_upper: broadcast to [T, m]: bounds of the T stages of every plan.
+      constraints: those of every plan; t = k+i in their functions, too. Of a ``Rate``, previous is
+        the control before the episode; later on it is the one that was applied. Multipliers are
+        shifted as the plan is.
       (others): as in ``mpc_solve``.
 
     Returns:
@@ -66,11 +71,13 @@ def receding_horizon(
     validation.check_count("num_steps", num_steps, least=1)
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
-    _, data = problem.trace(cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper)
-    dtype = data.x_init.dtype
+    model, data = problem.trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
+    )
+    dtype, n = data.x_init.dtype, jnp.shape(x_init)[0]
 
     def step(carry, k):
-        x, plan = carry
+        x, plan, previous, multipliers = carry
         solution = mpc_solve(
             lambda x, u, i, params: cost(x, u, k + i, params),
             lambda x, u, i, params: dynamics(x, u, k + i, params),
@@ -80,14 +87,20 @@ def receding_horizon(
             terminal_cost=terminal_cost,
             u_lower=data.u_lower,
             u_upper=data.u_upper,
+            constraints=_at(constraints, k, previous, multipliers),
             options=options,
         )
         u = solution.u[0]
         x_next = jnp.asarray(plant(x, u, k, params))
         validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
-        plan = jnp.concatenate([solution.u[1:], solution.u[-1:]])
         # The warm start carries no derivative: that of the solution in u_init is zero.
-        return (x_next.astype(dtype), lax.stop_gradient(plan)), (
+        plan = lax.stop_gradient(_shifted(solution.u))
+        if multipliers is not None:
+            usable = solution.status == Status.CONVERGED
+            multipliers = jax.tree.map(
+                lambda a: jnp.where(usable, a, 0), lax.stop_gradient(_later(solution.multipliers))
+            )
+        return (x_next.astype(dtype), plan, u, multipliers), (
             x,
             u,
             jnp.asarray(cost(x, u, k, params), dtype),
@@ -97,8 +110,40 @@ def receding_horizon(
         )
 
     @jax.jit
-    def run(x, plan):
-        (x_final, _), (x, *rest) = lax.scan(step, (x, plan), jnp.arange(num_steps, dtype=jnp.int32))
+    def run(x, plan, previous, multipliers):
+        start = x, plan, previous, multipliers
+        (x_final, *_), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
 
-    return run(data.x_init, data.u_init)
+    multipliers = None
+    if model.constrained:
+        multipliers = lax.stop_gradient(rows.unpack(model.layout, data.multipliers))
+    # Behind the state stands the control before, if there is a rate; else nothing.
+    previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
+    return run(data.x_init[:n], data.u_init, previous, multipliers)
+
+
+def _at(
+    constraints: Constraints | None, k: Array, previous: Array, multipliers: Multipliers | None
+) -> Constraints | None:
+    """The constraints of the plan that is made at step k."""
+    if constraints is None:
+        return None
+    changes: dict[str, Any] = dict(multipliers=multipliers)
+    for name in ("inequality", "equality"):
+        if (fn := getattr(constraints, name)) is not None:
+            changes[name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
+    if constraints.rate is not None:
+        changes["rate"] = dataclasses.replace(constraints.rate, previous=previous)
+    return dataclasses.replace(constraints, **changes)
+
+
+def _shifted(a: Array) -> Array:
+    """By one stage, the last repeated."""
+    return jnp.concatenate([a[1:], a[-1:]])
+
+
+def _later(multipliers: Multipliers) -> Multipliers:
+    stage = {name: getattr(multipliers, name) for name in ("inequality", "equality", "rate")}
+    shifted = {name: _shifted(a) for name, a in stage.items() if a is not None}
+    return dataclasses.replace(multipliers, **shifted)

@@ -274,8 +274,11 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     finite = here.finite & _finite((H, H_final), running.ndim)
     back |= moved & ~s.finish & ~finite
     near = _within_reach(data, point, options)
+    # The factors of the last trip are those of the derivative's linear system, which converges the
+    # faster the larger ρ is.
+    rho = jnp.where(certify, largest_rho, point.penalty.rho) if model.constrained else None
     step, factors = propose(
-        near, point, here, expanded, H, H_final, options, s.regularization, certify
+        near, point, here, expanded, H, H_final, rho, options, s.regularization, certify
     )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
     escape = certify & small
@@ -289,7 +292,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         jnp.any(escape),
         lambda: select(
             escape,
-            along_negative_curvature(near, point, here, expanded, H, factors),
+            along_negative_curvature(near, point, here, expanded, H, rho, factors),
             step,
         ),
         lambda: step,
@@ -325,7 +328,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     status = jnp.select(list(ends.values()), list(ends), _RUNNING)
     after = _Search(
         point=select(back, s.previous, select(moves, new, point)),
-        evaluation=_evaluation(data, point, here, expanded, H, H_final, factors, options),
+        evaluation=_evaluation(data, point, here, expanded, H, H_final, rho, factors, options),
         previous=select(moves, point, s.previous),
         previous_residual=jnp.where(moves, here.residual, s.previous_residual),
         regularization=jnp.where(
@@ -403,6 +406,7 @@ def _evaluation(
     expanded: Expansion,
     H: Array,
     H_final: Array,
+    rho: Array | None,
     factors: Factors,
     options: Options,
 ) -> Evaluation:
@@ -420,7 +424,7 @@ def _evaluation(
             gradient=here.gradient,
             G=expanded.G,
             rows=here.rows,
-            rho=point.penalty.rho if constrained else None,
+            rho=rho,
         ),
         price=augmented.price(point.g, data.prices) if constrained else None,
         violation=augmented.violation(point.g, data.prices) if constrained else None,
@@ -495,6 +499,7 @@ def propose(
     expanded: Expansion,
     H: Array,
     H_final: Array,
+    rho: Array | None,
     options: Options,
     regularization: Array,
     certify: Array,
@@ -535,7 +540,7 @@ def propose(
         chosen, factors = recursions(convex, exact, first.c, first.c_final)
     else:
         chosen, factors = _with_rows(
-            data, point, here.rows, expanded, convex, exact, certify, recursions
+            data, point, here.rows, expanded, convex, exact, rho, certify, recursions
         )
     d, free, used, slope, bend = chosen
     bound = jnp.where(d <= lower - u, lower, upper)
@@ -544,7 +549,7 @@ def propose(
 
 
 def _with_rows(
-    data, point, rows: RowState, expanded: Expansion, convex, exact, certify, recursions
+    data, point, rows: RowState, expanded: Expansion, convex, exact, rho, certify, recursions
 ):
     """``recursions`` on the augmented Lagrangian's model of a step.
 
@@ -557,7 +562,7 @@ def _with_rows(
 
     def with_pieces(active, beyond):
         state = augmented.on_pieces(point.g, penalty, prices, active, beyond)
-        weights = augmented.weights(state, penalty.rho, prices, certify)
+        weights = augmented.weights(state, rho, prices, certify)
         pull = rows_pull(G, state.multiplier)
         c = expanded.c if pull.stage is None else expanded.c + pull.stage
         c_final = expanded.c_final if pull.final is None else expanded.c_final + pull.final
@@ -612,6 +617,7 @@ def along_negative_curvature(
     here: Assessment,
     expanded: Expansion,
     H: Array,
+    rho: Array | None,
     factors: Factors,
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
@@ -623,7 +629,7 @@ def along_negative_curvature(
     stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
     if here.rows is not None:
         G = expanded.G
-        weights = augmented.weights(here.rows, point.penalty.rho, data.prices, jnp.bool_(False))
+        weights = augmented.weights(here.rows, rho, data.prices, jnp.bool_(False))
         H, _ = add_squares(H, expanded.C_final, G, weights)
     at_last, later = stage == last, stage > last  # [T]
 
@@ -699,9 +705,9 @@ def ilqr_box(
     curvature it leaves along negative curvature, or ends INDEFINITE. The objective never rises, up
     to rounding, so the last iterate is the best.
 
-    Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it is
-    minimised as well as the update would upset it, which near a solution is after every step, and
-    its penalty grows until each update closes nearly all of the gap.
+    Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it
+    is minimised as well as the update would upset it, which near a solution is after every step,
+    and its penalty grows until each update closes nearly all of the gap.
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.

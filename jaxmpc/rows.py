@@ -183,7 +183,8 @@ def _pack(layout: Layout, mu: Multipliers, T: int, dtype) -> Rows:
     return Rows(*(jnp.concatenate(parts, axis=-1) if parts else None for parts in (stage, final)))
 
 
-def _unpack(layout: Layout, rows: Rows) -> Multipliers:
+def unpack(layout: Layout, rows: Rows) -> Multipliers:
+    """Multipliers by the user's names."""
     found: dict[str, Array] = {}
 
     def take(array, name, count):
@@ -212,6 +213,6 @@ def for_user(model: Model, solution: Solution) -> Solution:
             solution, x=solution.x[:, :n], costate=solution.costate[:, :n]
         )
     if model.constrained:
-        multipliers = _unpack(layout, solution.multipliers)
+        multipliers = unpack(layout, solution.multipliers)
         solution = dataclasses.replace(solution, multipliers=multipliers)
     return solution

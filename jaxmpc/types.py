@@ -210,7 +210,7 @@ class Solution:
       iterations: the number of accepted and rejected steps that were tried.
       status: a ``Status``, as int32.
       multipliers: of the ``Constraints``; None where there are none.
-      violation: the largest violation of a hard constraint, max(g, 0) or |h|; 0 where there is none.
+      violation: the largest violation of a hard constraint, max(g, 0) or |h|; 0 if there is none.
 
     With ``Constraints``, the objective includes the prices of slack and rate, and kkt_residual is
     that of the Lagrangian or the distance from feasibility and complementarity, whichever is
