@@ -36,7 +36,9 @@ _GROWTH = 10.0
 # ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
 # valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
-_LARGEST = 3e4, 0.4  # ρ at most, relative to that curvature: so much, or eps to that power
+# ρ at most, relative to that curvature: what is needed to come near at all; and near, what leaves
+# the digits to tell the two apart, a power of eps.
+_LARGEST, _DIGITS = 3e4, 0.4
 _ROUNDING = 16  # a residual of so many roundings is not worth another step
 _STALLED = 0.95  # an update that leaves more than this share of the gap has not helped
 _PATIENCE = 3  # so many in a row with the largest ρ
@@ -65,13 +67,12 @@ def start(mu: Rows, zero: Array) -> Penalty:
     return Penalty(mu, zero, zero + jnp.inf, zero)
 
 
-def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, Array]:
-    """With a first ρ, if there is none yet; and the largest ρ that leaves the sum of the cost's
-    curvature and the penalty's the digits to tell them apart."""
+def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, tuple[Array, Array]]:
+    """With a first ρ, if there is none yet; and the largest ρ far from feasible, and near."""
     stiffness = _stiffness(expansion)
     rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * stiffness)
-    least, digits = _LARGEST
-    return penalty._replace(rho=rho), stiffness * max(least, _eps(rho) ** -digits)
+    near = _eps(rho) ** -_DIGITS
+    return penalty._replace(rho=rho), (stiffness * max(_LARGEST, near), stiffness * near)
 
 
 def _stiffness(expansion: Expansion) -> Array:
@@ -99,14 +100,21 @@ def _stiffness(expansion: Expansion) -> Array:
 
 
 def update(
-    rows: RowState, penalty: Penalty, gap: Array, size: Array, tolerance: Array, noisy: Array, most
+    rows: RowState,
+    penalty: Penalty,
+    gap: Array,
+    size: Array,
+    tolerance: Array,
+    noisy: Array,
+    limits,
 ) -> Penalty:
     """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast; a smaller one where
     the gap is closed, and the rounding of g, which ρ multiplies, is what is left of the gradient.
     """
     closed = gap <= tolerance * size
-    enough = jnp.where(gap <= _NEAR * size, _ENOUGH_NEAR, _ENOUGH_FAR)
-    slow = ~closed & (gap > enough * penalty.gap)
+    most, most_near = limits
+    near = (gap <= _NEAR * size) & (penalty.rho * _GROWTH <= most_near)
+    slow = ~closed & (gap > jnp.where(near, _ENOUGH_NEAR, _ENOUGH_FAR) * penalty.gap)
     room = penalty.rho * _GROWTH <= most
     stalled = ~closed & ~room & (gap > _STALLED * penalty.gap)
     rho = jnp.where(closed & noisy, penalty.rho / _GROWTH, penalty.rho)

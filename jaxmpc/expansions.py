@@ -3,7 +3,7 @@
 For one problem, or for a batch on the last axis of every array (``lanes``).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Expansion(NamedTuple):
     F: Array  # [T, n, n+m], the Jacobian of the dynamics
     c_final: Array  # [n]
     C_final: Array  # [n, n]
-    G: Rows | None  # [T, p, n+m] and [q, n], the Jacobians of the constraints
+    G: Any  # Rows or None; [T, p, n+m] and [q, n], the Jacobians of the constraints
 
 
 class FirstOrder(NamedTuple):
@@ -178,7 +178,7 @@ def hessians(
     u: Array,
     expansion: Expansion,
     costate: Array,
-    multipliers: Rows | None = None,
+    multipliers: Any = None,
 ) -> tuple[Array, Array]:
     """[T, n+m, n+m], ∇² of the Hamiltonian cost + λᵀ dynamics + νᵀ g along a rollout; and [n, n],
     that of the terminal cost + νᵀ g."""
@@ -197,8 +197,9 @@ def hessians(
 
         H = H + along(model, jax.hessian(bending), theta, z, *weights)
     H_final = expansion.C_final
-    if model.final_constraint is not None:
-        bend = jax.hessian(lambda x, nu, theta: nu @ model.final_constraint(x, theta))
+    final = model.final_constraint
+    if final is not None:
+        bend = jax.hessian(lambda x, nu, theta: nu @ final(x, theta))
         H_final = H_final + model.across(bend)(x[-1], multipliers.final, theta)
     return H, H_final
 

@@ -62,9 +62,9 @@ class Linearization(NamedTuple):
     C_final: Array  # [n, n], likewise
     gradient: Array  # [T, m], ∇_u J
     # Of the constraints, if there are any. The factors have ρ GᵀG of the active rows in them.
-    G: Rows | None = None
-    rows: RowState | None = None
-    rho: Array | None = None
+    G: Any = None  # Rows
+    rows: Any = None  # RowState
+    rho: Any = None
 
 
 class Evaluation(NamedTuple):
@@ -104,9 +104,9 @@ class Assessment(NamedTuple):
     stationary: Array  # that, over the terms that cancel in it
     relative: Array  # the same, or the gap of the constraints over their size if that is larger
     finite: Array
-    rows: RowState | None = None  # of the constraints, if there are any
-    gap: Array | None = None
-    size: Array | None = None  # of the terms that cancel in the constraints, at least 1
+    rows: Any = None  # RowState of the constraints, if there are any
+    gap: Any = None
+    size: Any = None  # of the terms that cancel in the constraints, at least 1
 
 
 def assess(data: Data, point: Iterate, expanded: Expansion) -> Assessment:
@@ -246,7 +246,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     expanded = expand(model, data.theta, s.point.x, s.point.u)
     point = s.point
     if model.constrained:
-        penalty, largest_rho = augmented.begin(point.penalty, expanded)
+        penalty, limits = augmented.begin(point.penalty, expanded)
         point = point._replace(penalty=penalty)
     here = assess(data, point, expanded)
     running = s.status == _RUNNING
@@ -265,7 +265,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     infeasible = jnp.zeros_like(running)
     if model.constrained:
         point, here, infeasible = _update_multipliers(
-            data, point, here, expanded, ~certify & ~back, tolerance, settled, largest_rho
+            data, point, here, expanded, ~certify & ~back, tolerance, settled, limits
         )
         certify |= infeasible
     multipliers = None if here.rows is None else here.rows.multiplier
@@ -276,7 +276,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     near = _within_reach(data, point, options)
     # The factors of the last trip are those of the derivative's linear system, which converges the
     # faster the larger ρ is.
-    rho = jnp.where(certify, largest_rho, point.penalty.rho) if model.constrained else None
+    rho = jnp.where(certify, limits[0], point.penalty.rho) if model.constrained else None
     step, factors = propose(
         near, point, here, expanded, H, H_final, rho, options, s.regularization, certify
     )
@@ -366,7 +366,7 @@ def _update_multipliers(
     may: Array,
     tolerance: Array,
     settled: Array,
-    largest_rho: Array,
+    limits: tuple[Array, Array],
 ) -> tuple[Iterate, Assessment, Array]:
     """μ ← ν where the augmented Lagrangian is as good as minimised; and whether the violation of
     the constraints is stationary, so that no further update will help.
@@ -377,7 +377,7 @@ def _update_multipliers(
     drowned = augmented.drowned(here.residual, point.penalty, expanded, here.size)
     noisy = drowned & ~(here.stationary <= tolerance)
     penalty = augmented.update(
-        here.rows, point.penalty, here.gap, here.size, tolerance, noisy, largest_rho
+        here.rows, point.penalty, here.gap, here.size, tolerance, noisy, limits
     )
     updated = point._replace(penalty=penalty)
     after = assess(data, updated, expanded)
@@ -406,7 +406,7 @@ def _evaluation(
     expanded: Expansion,
     H: Array,
     H_final: Array,
-    rho: Array | None,
+    rho: Any,
     factors: Factors,
     options: Options,
 ) -> Evaluation:
@@ -499,7 +499,7 @@ def propose(
     expanded: Expansion,
     H: Array,
     H_final: Array,
-    rho: Array | None,
+    rho: Any,
     options: Options,
     regularization: Array,
     certify: Array,
@@ -617,7 +617,7 @@ def along_negative_curvature(
     here: Assessment,
     expanded: Expansion,
     H: Array,
-    rho: Array | None,
+    rho: Any,
     factors: Factors,
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a

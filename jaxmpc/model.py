@@ -92,5 +92,5 @@ class Data(NamedTuple):
     u_lower: Array  # [T, m]
     u_upper: Array  # [T, m]
     # Of the constraints, if there are any.
-    prices: Prices | None = None
-    multipliers: Rows | None = None  # where the search starts
+    prices: Any = None  # Prices
+    multipliers: Any = None  # Rows, where the search starts

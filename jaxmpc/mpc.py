@@ -179,8 +179,25 @@ def _with_derivatives(
     moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), moving, safe)
     gains = _attach_gains(model, state, linearization.rho, options.riccati)
     K = gains(solution.K, moving, theta, prices, free, policy)
-    multipliers = _multipliers(model, theta, prices, moving, state)
+    if state is None:
+        return dataclasses.replace(solution, K=K)
+    values = _follow(_multipliers(model, theta, prices, moving, state), policy)
+    multipliers = jax.tree.map(lambda a, b: jnp.where(solved, a, b), values, solution.multipliers)
     return dataclasses.replace(solution, K=K, multipliers=multipliers)
+
+
+@jax.custom_vjp
+def _follow(tree, policy):
+    """The identity, with the derivative that ``Options.unconverged`` says."""
+    return tree
+
+
+def _follow_bwd(policy, cotangent):
+    used, blank = policy
+    return jax.tree.map(lambda a: jnp.where(used, a, blank), cotangent), None
+
+
+_follow.defvjp(lambda tree, policy: (_follow(tree, policy), policy), _follow_bwd)
 
 
 def _row_terms(g, multiplier, active, beyond, linear, quadratic):
@@ -190,9 +207,7 @@ def _row_terms(g, multiplier, active, beyond, linear, quadratic):
     return jnp.where(active, multiplier * g, paid)
 
 
-def _kkt_residual(
-    model: Model, theta, prices: Prices | None, x_init: Array, point: Point, state: RowState | None
-) -> Rhs:
+def _kkt_residual(model: Model, theta, prices: Any, x_init: Array, point: Point, state: Any) -> Rhs:
     """∇L, L the Lagrangian: 0 at a solution, where its derivatives shape those of the solution."""
     x, u, costate, multiplier = point
     n = x_init.shape[0]
@@ -219,8 +234,10 @@ def _kkt_residual(
         return value, g
 
     z = jnp.concatenate([x[:-1], u], axis=1)
-    stage = stage if model.constraint is not None else None
-    c, (x_next, g) = jax.vmap(jax.grad(hamiltonian, has_aux=True))(z, stages(u), costate[1:], stage)
+    of_stage = stage if model.constraint is not None else None
+    c, (x_next, g) = jax.vmap(jax.grad(hamiltonian, has_aux=True))(
+        z, stages(u), costate[1:], of_stage
+    )
     c_final, g_final = jax.grad(end, has_aux=True)(x[-1])
     held = None
     if state is not None:
@@ -235,9 +252,7 @@ def _kkt_residual(
     )
 
 
-def _lagrangian(
-    model: Model, theta, prices: Prices | None, x_init: Array, point: Point, state: RowState | None
-) -> Array:
+def _lagrangian(model: Model, theta, prices: Any, x_init: Array, point: Point, state: Any) -> Array:
     """The objective plus costates times dynamics and multipliers times constraints, without the
     term of the bounds."""
     x, u, costate, multiplier = point
@@ -254,11 +269,9 @@ def _lagrangian(
     return value + augmented.total(jax.tree.map(_row_terms, g, *row))
 
 
-def _multipliers(model: Model, theta, prices: Prices | None, point: Point, state: RowState | None):
+def _multipliers(model: Model, theta, prices: Prices, point: Point, state: RowState) -> Rows:
     """ν of every row: an unknown of the KKT system where it is active, given by its price where it
     has slack."""
-    if state is None:
-        return None
     g = constraint_values(model, theta, point.x, point.u)
 
     def value(multiplier, active, beyond, g, linear, quadratic):
@@ -278,7 +291,7 @@ def _bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
     return jnp.where(free, 0, bound - u)
 
 
-def _system(at: Linearization, prices: Prices | None) -> list:
+def _system(at: Linearization, prices: Any) -> list:
     """[C, F, C_final, G, ∇_u J] of the KKT system; rows with slack are part of the cost."""
     if at.rows is None:
         return [at.hessian, at.F, at.C_final, None, at.gradient]
@@ -294,7 +307,7 @@ def _priced(C, C_final, G: Rows, state: RowState, prices: Prices):
     return add_squares(C, C_final, G, weights)
 
 
-def _attach_expansion(model: Model, state: RowState | None, exact: bool):
+def _attach_expansion(model: Model, state: Any, exact: bool):
     """The identity on the ``_system`` at a point, as a function of it, of theta and the prices."""
 
     @jax.custom_vjp
@@ -314,9 +327,7 @@ def _attach_expansion(model: Model, state: RowState | None, exact: bool):
     return lambda system, *at: attach(system, state, *at)
 
 
-def _expanded_system(
-    model, point: Point, theta, prices, state: RowState | None, exact=True
-) -> list:
+def _expanded_system(model, point: Point, theta, prices, state: Any, exact=True) -> list:
     """``_system`` from the user's functions."""
     x, u, costate, multiplier = point
     expanded = expand(model, theta, x, u)
@@ -388,7 +399,7 @@ def _attach_value_bwd(saved, cotangent):
 _attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
 
 
-def _attach_gains(model: Model, state: RowState | None, rho, method: RiccatiMethod):
+def _attach_gains(model: Model, state: Any, rho, method: RiccatiMethod):
     module = parallel if method == "parallel" else riccati
 
     @jax.custom_vjp

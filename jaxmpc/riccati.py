@@ -5,14 +5,13 @@ For one problem, or for a batch on the last axis of every array (``lanes``).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc import lanes
-from jaxmpc.model import Rows
 
 # Up to this many controls the elimination of one stage is unrolled at trace time.
 _MAX_UNROLLED = 8
@@ -34,7 +33,7 @@ class Rhs(NamedTuple):
     c: Array  # [T, n+m]
     f: Array  # [T, n]
     c_final: Array  # [n]
-    g: Rows | None = None  # of the active constraints, if there are any
+    g: Any = None  # Rows, of the active constraints, if there are any
 
 
 class Point(NamedTuple):
@@ -43,7 +42,7 @@ class Point(NamedTuple):
     x: Array  # [T+1, n]
     u: Array  # [T, m]
     costate: Array  # [T+1, n]
-    multiplier: Rows | None = None  # of the constraints, if there are any
+    multiplier: Any = None  # Rows, of the constraints, if there are any
 
 
 def masked_inverse(Q, free, scale):

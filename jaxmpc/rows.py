@@ -93,11 +93,10 @@ def _inequality(name, slack: Slack | None, shape, meaning, dtype):
             )
         return None
     linear, quadratic = (np.inf, 0.0) if slack is None else (slack.linear, slack.quadratic)
-    return (
-        jnp.zeros(shape, dtype),
-        validation.weight(f"constraints.{name}.linear", linear, shape, meaning).astype(dtype),
-        validation.weight(f"constraints.{name}.quadratic", quadratic, shape, meaning).astype(dtype),
-    )
+    where = f"constraints.{name}"
+    linear = validation.weight(f"{where}.linear", linear, shape, meaning)
+    quadratic = validation.weight(f"{where}.quadratic", quadratic, shape, meaning, finite=True)
+    return jnp.zeros(shape, dtype), linear.astype(dtype), quadratic.astype(dtype)
 
 
 def _equality(shape, dtype):
@@ -120,7 +119,9 @@ def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
     previous = validation.floating("constraints.rate.previous", rate.previous)
     validation.has_shape("constraints.rate.previous", previous, (m,), "[m]")
     given = {
-        name: validation.weight(f"constraints.rate.{name}", value, (T, m), "[T, m]").astype(dtype)
+        name: validation.weight(
+            f"constraints.rate.{name}", value, (T, m), "[T, m]", finite=name == "weight"
+        ).astype(dtype)
         for name, value in (("limit", rate.limit), ("weight", rate.weight))
         if value is not None
     }

@@ -3,7 +3,7 @@
 The second halves of Algorithm 2, after Tassa, Mansard and Todorov 2014.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxmpc import augmented, lanes
 from jaxmpc.augmented import Penalty
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
-from jaxmpc.model import Data, Model, Prices, Rows
+from jaxmpc.model import Data, Model
 from jaxmpc.riccati import Factors, gains, masked_inverse, quadratic_form, value_hessian
 
 _MAX_TRIES = 6  # step lengths tried in one search
@@ -27,8 +27,8 @@ class Iterate(NamedTuple):
     x: Array  # [T+1, n]
     costs: Array  # [T+1]
     # Of the constraints, if there are any.
-    g: Rows | None = None  # their values
-    penalty: Penalty | None = None  # what the point is judged by
+    g: Any = None  # Rows, their values
+    penalty: Any = None  # Penalty, what the point is judged by
 
 
 class Step(NamedTuple):
@@ -120,7 +120,7 @@ def _iterate(model: Model, data: Data, u: Array, x: Array, penalty: Penalty | No
     return Iterate(u, x, costs, constraint_values(model, data.theta, x, u), penalty)
 
 
-def merits(point: Iterate, prices: Prices | None) -> Array:
+def merits(point: Iterate, prices: Any) -> Array:
     """What the search minimises the sum of, [T+1]: the costs, with what the constraints add."""
     if point.penalty is None:
         return point.costs
@@ -196,7 +196,7 @@ def line_search(
     return new, search
 
 
-def rounding(point: Iterate, costate: Array, prices: Prices | None) -> Array:
+def rounding(point: Iterate, costate: Array, prices: Any) -> Array:
     """The size of rounding in the objective: that of the costs, and that of each state, which the
     costates amplify."""
     eps = float(jnp.finfo(point.x.dtype).eps)

@@ -227,7 +227,7 @@ class Solution:
     kkt_residual: Array
     iterations: Array
     status: Array
-    multipliers: Multipliers | None = None
+    multipliers: Any = None  # Multipliers
     violation: Array | float = 0.0
 
 

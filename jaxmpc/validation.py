@@ -126,13 +126,17 @@ def _bound(name: str, value, u_init: Array) -> Array:
         ) from None
 
 
-def weight(name: str, value, shape: tuple[int, ...], meaning: str) -> Array:
+def weight(
+    name: str, value, shape: tuple[int, ...], meaning: str, *, finite: bool = False
+) -> Array:
     """A non-negative number or array, broadcast to the shape."""
     array = _as_array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
     if is_concrete(array) and not np.all(np.asarray(array) >= 0):
         raise ValueError(f"{name} must be non-negative, got {np.min(array)}")
+    if finite and is_concrete(array) and not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be non-negative and finite, got {np.max(array)}")
     try:
         return jnp.broadcast_to(array, shape)
     except ValueError:
