@@ -264,6 +264,23 @@ def slope(expansion: Expansion) -> Array:
     return most
 
 
+def margins(g: Rows, rows: RowState, prices: Prices) -> tuple[Array, Array]:
+    """How far the rows are from another piece: the multipliers of the active inequalities from
+    their ends, and the values of the other rows from 0."""
+
+    def of_multiplier(nu, active, lower, linear):
+        inside = jnp.minimum(jnp.where(lower < 0, jnp.inf, nu), linear - nu)
+        return -jnp.where(active, inside, jnp.inf)
+
+    def of_value(g, active):
+        return -jnp.where(active, jnp.inf, jnp.abs(g))
+
+    multiplier = jax.tree.map(
+        of_multiplier, rows.multiplier, rows.active, prices.lower, prices.linear
+    )
+    return -largest(multiplier), -largest(jax.tree.map(of_value, g, rows.active))
+
+
 def largest(rows: Rows) -> Array:
     """The largest entry of all rows, of each problem."""
     return _reduce(jnp.maximum, jnp.max, rows)

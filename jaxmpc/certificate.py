@@ -9,14 +9,15 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, validation
-from jaxmpc.expansions import expand, hessians
+from jaxmpc import augmented, problem, validation
+from jaxmpc.constrained import ActiveRows, penalised
+from jaxmpc.expansions import expand, hessians, rows_pull
 from jaxmpc.ilqr import assess
 from jaxmpc.lqr import adjoint_rhs, factorize, kkt_solve
-from jaxmpc.mpc import mpc_solve
+from jaxmpc.mpc import mpc_solve, priced
 from jaxmpc.riccati import Point, Rhs
 from jaxmpc.steps import definite_threshold, iterate
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Constraints, Options, Solution, Status
 
 _INVERSE_ITERATIONS = 30
 
@@ -33,14 +34,17 @@ class Certificate:
     Attributes:
       kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|. Large: the plan is no solution, and
         its gradient belongs to no plan. Raise ``Options.max_iterations``, or start closer.
-      multiplier: min |∇_u J| over the clamped controls, but those with equal bounds; inf if there
-        are none. Near 0: that control is about to come free, and the plan has a kink there, with a
-        gradient on either side. The one that is returned is that of the clamped side.
-      slack: the smallest distance of a free control from its bounds; inf if there is none. Near
-        0: that control is about to be clamped, with a kink as before; the gradient is that of the
-        free side.
-      curvature: the smallest eigenvalue of ∇²_u J on the free controls, found by inverse iteration
-        and so from above; inf if no control is free, and not positive where J is not convex there.
+      multiplier: min |∇_u J| over the clamped controls, but those with equal bounds, and the
+        smallest multiplier of an active inequality (of a soft one also its distance from the linear
+        weight); inf if there are none. Near 0: that control or row is about to come free, and the
+        plan has a kink there, with a gradient on either side. The one that is returned is that of
+        the clamped side.
+      slack: the smallest distance of a free control from its bounds, and of an inactive inequality
+        from 0; inf if there is none. Near 0: that control or row is about to be clamped, with a
+        kink as before; the gradient is that of the free side.
+      curvature: the smallest eigenvalue of ∇²_u J (with constraints, of the Lagrangian) on the free
+        controls, along the active rows, found by inverse iteration and so from above; inf if no
+        control is free, and not positive where J is not convex there.
         Near 0: plans far apart cost nearly the same and gradients are huge. Give the controls a
         larger weight.
       adjoint_residual: of the linear system that the backward pass solves, for a cotangent with
@@ -65,13 +69,14 @@ def certify(
     terminal_cost=None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
+    constraints: Constraints | None = None,
 ) -> Certificate:
     """The ``Certificate`` of a solution of ``mpc_solve``: what to look at before trusting it.
 
     The arguments are those that ``solution`` was made with; one problem, no batch axis, batch with
-    ``jax.vmap``. Of the solution only ``u`` counts: everything else is computed anew: one
-    expansion of the problem at the plan, one factorization, and some thirty back substitutions. The
-    numbers are constants to differentiation.
+    ``jax.vmap``. Of the solution only ``u`` and the multipliers count: everything else is computed
+    anew: one expansion of the problem at the plan, one factorization, and some thirty back
+    substitutions. The numbers are constants to differentiation.
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
@@ -79,8 +84,10 @@ def certify(
     Source: the conditions of the implicit function theorem for a program with bounds: Fiacco 1976,
     Sensitivity analysis for nonlinear programming using penalty methods, Theorem 2.1.
     """
+    if constraints is not None:
+        constraints = dataclasses.replace(constraints, multipliers=solution.multipliers)
     model, data = problem.trace(
-        cost, dynamics, x_init, solution.u, params, terminal_cost, u_lower, u_upper
+        cost, dynamics, x_init, solution.u, params, terminal_cost, u_lower, u_upper, constraints
     )
     return jax.jit(_certify, static_argnums=0)(model, lax.stop_gradient(data))
 
@@ -88,19 +95,34 @@ def certify(
 def _certify(model: problem.Model, data: problem.Data) -> Certificate:
     at = iterate(model, data, data.u_init)
     expanded = expand(model, data.theta, at.x, at.u)
+    constrained = at.penalty is not None
+    if constrained:
+        penalty, (largest_rho, _) = augmented.begin(at.penalty, expanded)
+        at = at._replace(penalty=penalty)
     here = assess(data, at, expanded)
-    H, C_final = hessians(model, data.theta, at.x, at.u, expanded, here.first.costate)
+    nu = here.rows.multiplier if constrained else None
+    H, C_final = hessians(model, data.theta, at.x, at.u, expanded, here.first.costate, nu)
     F = expanded.F
     free, lower, upper = ~here.held, data.u_lower, data.u_upper
-    factors = factorize(H, F, C_final, free)
-    system = factors, H, F, C_final, free, None
+    rows = None
+    matrices = H, C_final
+    if constrained:
+        rows = ActiveRows(expanded.G, here.rows.active, largest_rho)
+        H, C_final = priced(H, C_final, expanded.G, here.rows, data.prices)
+        matrices = penalised(H, C_final, rows)
+    factors = factorize(matrices[0], F, matrices[1], free)
+    system = factors, H, F, C_final, free, rows
 
     multiplier = jnp.where(free | (lower == upper), jnp.inf, jnp.abs(here.gradient))
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
+    multiplier, slack = jnp.min(multiplier), jnp.min(slack)
+    if constrained:
+        of_rows = augmented.margins(at.g, here.rows, data.prices)
+        multiplier, slack = jnp.minimum(multiplier, of_rows[0]), jnp.minimum(slack, of_rows[1])
     return Certificate(
         kkt_residual=here.kkt_residual,
-        multiplier=jnp.min(multiplier),
-        slack=jnp.min(slack),
+        multiplier=multiplier,
+        slack=slack,
         curvature=_smallest_curvature(system, at.u),
         adjoint_residual=_adjoint_residual(system, at.x, at.u),
     )
@@ -111,13 +133,13 @@ def _smallest_curvature(system, u: Array) -> Array:
 
     A plan from rest that pays the linear term −b on its controls is R⁻¹ b: one back substitution.
     """
-    factors, H, F, C_final, free, _ = system
+    factors, H, F, C_final, free, rows = system
     n = C_final.shape[0]
     rest = jnp.zeros(n, u.dtype)
 
     def inverse(b):
         c = jnp.zeros(H.shape[:2], u.dtype).at[:, n:].set(-b)
-        rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest)
+        rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest, g=_zeros(rows))
         return kkt_solve(*system, rhs).u
 
     def unit(v):
@@ -133,25 +155,46 @@ def _smallest_curvature(system, u: Array) -> Array:
     return jnp.where(jnp.any(free), found, jnp.inf)
 
 
+def _zeros(rows: ActiveRows | None):
+    """A right-hand side of 0 for every row."""
+    return (
+        None
+        if rows is None
+        else jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
+    )
+
+
 def _adjoint_residual(system, x: Array, u: Array) -> Array:
     """How well M w = −ȳ is solved, M the KKT matrix, relative to the largest of the terms."""
-    factors, H, F, C_final, free, _ = system
+    _, H, F, C_final, free, rows = system
     n = C_final.shape[0]
     of_x, of_u = jax.random.split(jax.random.key(1))
     x_bar = jax.random.rademacher(of_x, x.shape, x.dtype)
     u_bar = jax.random.rademacher(of_u, u.shape, u.dtype)
-    rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x)))
+    rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x), _zeros(rows)))
     w = kkt_solve(*system, rhs)
     z = jnp.concatenate([w.x[:-1], w.u], axis=1)
     Hz = jnp.einsum("tij,tj->ti", H, z)
     pull = jnp.einsum("tij,ti->tj", F, w.costate[1:])
+    end, held = C_final @ w.x[-1] + rhs.c_final - w.costate[-1], []
+    if rows is not None:
+        of_stage, of_end = rows_pull(rows.G, w.multiplier)
+        pull = pull if of_stage is None else pull + of_stage
+        end = end if of_end is None else end + of_end
+        g = [(rows.G.stage, rows.active.stage, z), (rows.G.final, rows.active.final, w.x[-1])]
+        held = [
+            jnp.where(active, jnp.einsum("...ij,...j->...i", G, z), 0)
+            for G, active, z in g
+            if G is not None
+        ]
     stationary = (Hz + pull + rhs.c).at[:, :n].add(-w.costate[:-1])
     counts = jnp.concatenate([jnp.ones_like(w.x[:-1], bool), free], axis=1)
     moved = jnp.einsum("tij,tj->ti", F, z)
     errors = [
         jnp.where(counts, stationary, 0),
         w.x[1:] - moved,
-        C_final @ w.x[-1] + rhs.c_final - w.costate[-1],
+        end,
+        *held,
     ]
     terms = [Hz, pull, rhs.c, moved, w.costate]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a)) for a in errors]))
@@ -218,6 +261,7 @@ def check_gradients(
     terminal_cost=None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
+    constraints: Constraints | None = None,
     options: Options = Options(),
     step: float | None = None,
     rtol: float | None = None,
@@ -226,9 +270,9 @@ def check_gradients(
     """Compare the gradients of one problem with those of re-solved problems, input by input.
 
     The loss is a random linear function of x, u and the objective. Every input (x_init, each
-    floating leaf of params, the finite bounds) is moved a small step along a random direction and
-    back, and the problem solved again from the plan that it had. Where the difference quotient and
-    the gradient disagree, the report names the input and why:
+    floating leaf of params, the finite bounds, slack and rate) is moved a small step along a random
+    direction and back, and the problem solved again from the plan that it had. Where the difference
+    quotient and the gradient disagree, the report names the input and why:
 
     * the solver did not converge, at the plan or beside it: there is no plan to differentiate;
     * a control comes free or is clamped within the step: the plan has a kink there (a certificate
@@ -259,6 +303,8 @@ def check_gradients(
     bounds = dict(u_lower=lower, u_upper=upper)
     given = dict(u_lower=u_lower, u_upper=u_upper)
     inputs |= {name: bounds[name] for name in bounds if given[name] is not None}
+    if constraints is not None:  # The functions have none; slack and rate do.
+        inputs["constraints"] = dataclasses.replace(constraints, multipliers=None)
     shapes = dict(x=(len(u_checked) + 1, len(x_checked)), u=u_checked.shape, objective=())
     rng = np.random.default_rng(seed)
     weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -266,7 +312,8 @@ def check_gradients(
     def solve(inputs, u_init):
         return mpc_solve(
             cost, dynamics, inputs["x_init"], u_init, inputs["params"], terminal_cost=terminal_cost,
-            u_lower=inputs.get("u_lower"), u_upper=inputs.get("u_upper"), options=options,
+            u_lower=inputs.get("u_lower"), u_upper=inputs.get("u_upper"),
+            constraints=inputs.get("constraints"), options=options,
         )  # fmt: skip
 
     def loss(inputs, u_init):
@@ -282,7 +329,7 @@ def check_gradients(
     value = float(value)
     certificate = certify(
         cost, dynamics, inputs["x_init"], solution, params, terminal_cost=terminal_cost,
-        u_lower=u_lower, u_upper=u_upper,
+        u_lower=u_lower, u_upper=u_upper, constraints=constraints,
     )  # fmt: skip
     eps = float(jnp.finfo(solution.u.dtype).eps)
     step = eps ** (1 / 3) if step is None else step

@@ -10,7 +10,7 @@ _ADVICE = {
     Status.STALLED: "rounding, or cost or dynamics with kinks: try float64, or a shorter horizon",
     Status.NONFINITE: "the rollout of u_init, or a derivative along it, is NaN or infinite",
     Status.INDEFINITE: "a saddle, or a control that the cost does not see: no implicit gradient",
-    Status.INFEASIBLE: "u_lower > u_upper",
+    Status.INFEASIBLE: "u_lower > u_upper, or constraints that no plan nearby meets",
 }
 
 
@@ -61,6 +61,8 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
     lines.append(_row("iterations", iterations, "{:.0f}"))
     lines.append(_row("KKT residual", residual, "{:.1e}"))
     lines.append(_row("objective", objective, "{:.6g}"))
+    if solution.multipliers is not None:
+        lines.append(_row("violation", np.ravel(solution.violation), "{:.1e}"))
     clamped = 1 - np.asarray(solution.free, float).reshape(-1, m).mean(axis=0)
     shares = "  ".join(f"u[{i}] {100 * share:.1f} %" for i, share in enumerate(clamped))
     lines.append(f"  {'clamped':<15}{shares}")

@@ -295,11 +295,11 @@ def _system(at: Linearization, prices: Any) -> list:
     """[C, F, C_final, G, ∇_u J] of the KKT system; rows with slack are part of the cost."""
     if at.rows is None:
         return [at.hessian, at.F, at.C_final, None, at.gradient]
-    C, C_final = _priced(at.hessian, at.C_final, at.G, at.rows, prices)
+    C, C_final = priced(at.hessian, at.C_final, at.G, at.rows, prices)
     return [C, at.F, C_final, at.G, at.gradient]
 
 
-def _priced(C, C_final, G: Rows, state: RowState, prices: Prices):
+def priced(C, C_final, G: Rows, state: RowState, prices: Prices):
     """C and C_final with the curvature of the prices of the rows with slack."""
     weights = jax.tree.map(
         lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
@@ -336,7 +336,7 @@ def _expanded_system(model, point: Point, theta, prices, state: Any, exact=True)
     if exact:
         C, C_final = hessians(model, theta, x, u, expanded, costate, multiplier)
     if state is not None:
-        C, C_final = _priced(C, C_final, expanded.G, state, prices)
+        C, C_final = priced(C, C_final, expanded.G, state, prices)
     gradient = first.control_cost + first.control_pull
     return [C, expanded.F, C_final, expanded.G, gradient]
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rolled_out
+from helpers import assert_close, rolled_out
 from test_gradients import CASES, T, inputs_of, large_angles, solve, weighted
 
-from jaxmpc import Options, Status, certify, check_gradients, mpc_solve
+from jaxmpc import Constraints, Options, Status, certify, check_gradients, mpc_solve
 from jaxmpc.systems import pendulum
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -192,3 +192,49 @@ def test_infinite_bounds_integers_and_equal_bounds():
     assert report.ok, str(report)
     assert [c.name for c in report.checks] == ["params['a']", "u_lower", "u_upper", "x_init"]
     assert dataclasses.asdict(report.checks[0])["ok"] is True
+
+
+def test_the_certificate_of_a_constrained_plan_is_that_of_the_dense_problem():
+    """A double integrator with a wall: the reduced Hessian on what the active rows leave free."""
+    T, wall = 8, 0.3
+
+    def cost(x, u, t, params):
+        return 0.5 * (x[0] - 1) ** 2 + 0.5 * params * u @ u
+
+    def dynamics(x, u, t, params):
+        return jnp.array([x[0] + 0.3 * x[1], x[1] + 0.3 * u[0]])
+
+    constraints = Constraints(inequality=lambda x, u, t, params: x[:1] - wall)
+    problem = cost, dynamics, jnp.zeros(2)
+    bounds = dict(u_lower=-1.0, u_upper=1.0, constraints=constraints)
+    solution = mpc_solve(*problem, jnp.zeros((T, 1)), 0.1, **bounds)
+    assert solution.status == Status.CONVERGED
+    certificate = certify(*problem, solution, 0.1, **bounds)
+
+    def states(u):
+        return rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[1]
+
+    g = np.asarray(solution.x[:-1, 0] - wall)
+    nu, free = np.asarray(solution.multipliers.inequality[:, 0]), np.asarray(solution.free[:, 0])
+    active = nu > 0
+    assert 0 < active.sum() < T and 0 < free.sum() < T
+    hessian = jax.hessian(lambda u: rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[0])(solution.u)
+    rows = np.asarray(jax.jacobian(states)(solution.u))[:-1, 0, :, 0][active][:, free]
+    tangent = np.linalg.svd(rows)[2][np.linalg.matrix_rank(rows) :].T
+    hessian = np.asarray(hessian)[:, 0, :, 0][np.ix_(free, free)]
+    want = np.linalg.eigvalsh(tangent.T @ hessian @ tangent)[0]
+    # By inverse iteration, from above.
+    assert want * (1 - 1e-9) <= certificate.curvature <= want * 1.01
+    assert certificate.kkt_residual <= 1e-9
+    assert certificate.adjoint_residual <= 1e-12
+    gradient = jax.grad(
+        lambda u: (
+            rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[0] + jnp.vdot(nu, states(u)[:-1, 0])
+        )
+    )(solution.u)[:, 0]
+    margin = min(nu[active].min(), np.abs(gradient)[~free].min())
+    assert_close(certificate.multiplier, margin, 1e-6)
+    distances = (1 - np.abs(np.asarray(solution.u[:, 0])))[free]
+    assert_close(certificate.slack, min(-g[~active].max(), distances.min()), 1e-6)
+    report = check_gradients(*problem, jnp.zeros((T, 1)), 0.1, **bounds)
+    assert report.ok, str(report)
