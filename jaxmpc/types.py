@@ -228,7 +228,7 @@ class Solution:
     iterations: Array
     status: Array
     multipliers: Any = None  # Multipliers
-    violation: Array | float = 0.0
+    violation: Any = None  # Array
 
 
 @jax.tree_util.register_dataclass

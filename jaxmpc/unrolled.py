@@ -128,6 +128,7 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
         objective=jnp.sum(point.costs),
         kkt_residual=end.kkt_residual,
         iterations=jnp.int32(num_iterations),
+        violation=jnp.zeros((), dtype),
         status=status.astype(jnp.int32),
     )
 
