@@ -33,6 +33,7 @@ from jaxmpc.model import Data, Prices, Rows
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
 _GROWTH = 10.0
+_FALL, _MAX_FALLS = 3.0, 4  # and falls so often, lest the two alternate
 # ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
 # valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
@@ -52,6 +53,7 @@ class Penalty(NamedTuple):
     rho: Array  # one a problem; 0 before the first trip
     gap: Array  # at the last update
     stalls: Array  # updates in a row that did not lessen it
+    falls: Array  # how often ρ has been made smaller
 
 
 class RowState(NamedTuple):
@@ -64,7 +66,7 @@ class RowState(NamedTuple):
 
 def start(mu: Rows, zero: Array) -> Penalty:
     """``zero``: one a problem."""
-    return Penalty(mu, zero, zero + jnp.inf, zero)
+    return Penalty(mu, zero, zero + jnp.inf, zero, zero)
 
 
 def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, tuple[Array, Array]]:
@@ -117,12 +119,14 @@ def update(
     slow = ~closed & (gap > jnp.where(near, _ENOUGH_NEAR, _ENOUGH_FAR) * penalty.gap)
     room = penalty.rho * _GROWTH <= most
     stalled = ~closed & ~room & (gap > _STALLED * penalty.gap)
-    rho = jnp.where(closed & noisy, penalty.rho / _GROWTH, penalty.rho)
+    falls = closed & noisy & (penalty.falls < _MAX_FALLS)
+    rho = jnp.where(falls, penalty.rho / _FALL, penalty.rho)
     return Penalty(
         mu=rows.multiplier,
         rho=jnp.where(slow & room, penalty.rho * _GROWTH, rho),
         gap=gap,
         stalls=jnp.where(stalled, penalty.stalls + 1, 0),
+        falls=penalty.falls + falls,
     )
 
 
