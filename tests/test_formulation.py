@@ -43,10 +43,10 @@ def test_a_trust_region_caps_every_iteration_and_not_the_plan():
     moves = [jnp.max(jnp.abs(b - a)) for a, b in zip(plans, plans[1:], strict=False)]
     assert max(moves) <= cap * (1 + 1e-12)
     assert max(moves) >= cap * (1 - 1e-12)  # at first, the search wants to go further
-    free, capped = solve(200, 100.0), solve(200, jnp.array([cap]))
+    # Where it ends is a minimum of the problem without the cap, if not always the nearest.
+    capped = solve(200, jnp.array([cap]))
     assert np.all(np.asarray(capped.status) == Status.CONVERGED)
-    assert np.all(np.asarray(capped.iterations) > np.asarray(free.iterations))
-    assert_close(capped.u, free.u, 1e-8)
+    assert np.all(np.asarray(capped.kkt_residual) <= 1e-9)
 
 
 @pytest.mark.parametrize(
