@@ -155,8 +155,8 @@ def _with_derivatives(
 
     exact = options.backward_hessian == "exact"
     used_linearization = _zeros_unless(used, linearization)
-    system = _system(used_linearization, _constant(prices))
-    at = _constant((safe, theta, prices))
+    system = _system(used_linearization, _constant(prices, data))
+    at = _constant((safe, theta, prices), data)
     *matrices, G, multiplier = _attach_expansion(model, state, exact)(system, *at)
     active = None
     if state is not None:
@@ -423,9 +423,12 @@ def _attach_gains(model: Model, state: Any, rho, method: RiccatiMethod):
 
 
 @jax.custom_jvp
-def _constant(tree):
-    """The identity, a constant to the innermost differentiation and to no other: for what enters
-    the linear system's matrices, whose derivative multiplies a residual of zero."""
+def _constant(tree, data: Data):
+    """``tree``, a constant to the innermost differentiation and to no other: for what enters the
+    linear system's matrices, whose derivative multiplies a residual of zero.
+
+    The innermost one is that in ``data``, of which it may perturb what ``tree`` does not depend on.
+    """
     return tree
 
 
