@@ -14,12 +14,12 @@ T = 12
 X_INIT = pendulum.state(2.4, -0.5)  # some controls end at their bounds, most do not
 
 
-def plan(physics, upper, options=Options()):
+def plan(physics, upper, options=Options(), x_init=X_INIT):
     params = pendulum.default_params()
     q = params.cost.q.at[-1].set(0.1)
     params = params._replace(physics=physics, cost=params.cost._replace(q=q))
     return mpc_solve(
-        pendulum.cost, pendulum.dynamics, X_INIT, jnp.zeros((T, 1)), params,
+        pendulum.cost, pendulum.dynamics, x_init, jnp.zeros((T, 1)), params,
         u_lower=-upper, u_upper=upper, options=options,
     )  # fmt: skip
 
@@ -49,6 +49,24 @@ def test_hessians_match_finite_differences_of_the_gradient(loss):
     )
     assert_close(hessian, want, 1e-7)
     assert_close(hessian, hessian.T, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"x_init": X_INIT}, {"upper": jnp.full((T, 1), 1.2)}], ids=["x_init", "the bounds"]
+)
+def test_hessians_in_one_input_alone_match_finite_differences(inputs):
+    """No other input is perturbed, neither by the inner differentiation nor by the outer one."""
+    ((name, at),) = inputs.items()
+    given = {"physics": pendulum.Physics(*THETA[:3]), "upper": THETA[3], "x_init": X_INIT}
+    direction = jnp.cos(1 + jnp.arange(at.size)).reshape(at.shape)
+
+    def along(s):
+        solution = plan(**(given | {name: at + s * direction}))
+        terms = jnp.sin(solution.u), jnp.cos(solution.x), 0.1 * solution.costate**2
+        return sum(jnp.sum(a) for a in terms) + 0.01 * jnp.sum(solution.K)
+
+    first, second, h = jax.jit(jax.grad(along)), jax.jit(jax.grad(jax.grad(along)))(0.0), 1e-5
+    assert_close(second, (first(h) - first(-h)) / (2 * h), 1e-6)
 
 
 def test_forward_over_reverse_is_refused():
