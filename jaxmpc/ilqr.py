@@ -555,14 +555,15 @@ def _with_rows(
 
     That is quadratic in pieces: rows become active on the way and others cease to be. So the
     pieces are guessed, at first as those of the point, and corrected by what they lead to, a
-    semismooth Newton iteration; if that comes to no end, those of the point it is.
+    semismooth Newton iteration. If that comes to no end, the model is one from above: the slopes
+    at the point, and the curvature of every row that was active in any guess.
     """
     G, penalty, prices = expanded.G, point.penalty, data.prices
     n = point.x.shape[1]
 
-    def with_pieces(active, beyond):
+    def with_pieces(active, beyond, stiff):
         state = augmented.on_pieces(point.g, penalty, prices, active, beyond)
-        weights = augmented.weights(state, rho, prices, certify)
+        weights = augmented.weights(state._replace(active=stiff), rho, prices, certify)
         pull = rows_pull(G, state.multiplier)
         c = expanded.c if pull.stage is None else expanded.c + pull.stage
         c_final = expanded.c_final if pull.final is None else expanded.c_final + pull.final
@@ -591,23 +592,25 @@ def _with_rows(
         return jnp.any(changed) & (count <= _MAX_GUESSES)
 
     def guess(carry):
-        pieces, _, changed, count = carry
-        out = with_pieces(*pieces)
+        (pieces, stiff, seen), _, changed, count = carry
+        out = with_pieces(*pieces, stiff)
         (d, _, used, _, _), _ = out
         there = select(certify, local, led_to(d, used.K))
+        seen = jax.tree.map(jnp.logical_or, seen, there[0])
         differs = jax.tree.map(jnp.not_equal, there, pieces)
         changed = functools.reduce(
             jnp.logical_or,
             (~lanes.every(~a, a.ndim - changed.ndim) for a in jax.tree.leaves(differs)),
         )
-        # The last pass is with the local pieces for those that have come to no end.
-        there = select(count + 1 < _MAX_GUESSES, there, local)
-        return select(changed, there, pieces), out, changed, count + 1
+        more = count + 1 < _MAX_GUESSES
+        after = select(more, there, local), select(more, there[0], seen)
+        return (*select(changed, after, (pieces, stiff)), seen), out, changed, count + 1
 
-    out = jax.eval_shape(lambda: with_pieces(*local))
+    out = jax.eval_shape(lambda: with_pieces(*local, rows.active))
     out = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
     yes = jnp.ones_like(certify)
-    _, out, _, _ = lax.while_loop(unsettled, guess, (local, out, yes, jnp.int32(0)))
+    pieces = local, rows.active, rows.active
+    _, out, _, _ = lax.while_loop(unsettled, guess, (pieces, out, yes, jnp.int32(0)))
     return out
 
 
