@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import augmented, problem, validation
+from jaxmpc.assessment import assess
 from jaxmpc.constrained import ActiveRows, penalised
 from jaxmpc.expansions import expand, hessians, rows_pull
-from jaxmpc.ilqr import assess
 from jaxmpc.lqr import adjoint_rhs, factorize, kkt_solve
 from jaxmpc.mpc import mpc_solve, priced
 from jaxmpc.riccati import Point, Rhs

@@ -14,29 +14,22 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import augmented, lanes, problem, rows, validation
+from jaxmpc.assessment import Assessment, all_finite, assess, tolerances
 from jaxmpc.augmented import RowState
 from jaxmpc.batching import batchwise
-from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import (
     Expansion,
-    FirstOrder,
-    add_squares,
     expand,
-    first_order,
     hessians,
-    rows_pull,
 )
 from jaxmpc.model import Data, Model, Rows
+from jaxmpc.proposals import along_negative_curvature, propose
 from jaxmpc.riccati import Factors
 from jaxmpc.steps import (
     Iterate,
-    Step,
-    backward_pass,
     definite_threshold,
     iterate,
     line_search,
-    merits,
-    negative_direction,
     rounding,
     select,
 )
@@ -46,7 +39,6 @@ from jaxmpc.types import Constraints, Options, Solution, Status
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 # The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves.
 _MINIMISED, _NEAR = 0.1, 1e-2
-_MAX_GUESSES = 6  # of the rows that a step makes active
 _RUNNING = -1  # the status of a problem that goes on
 _CROSSED = -2  # of one whose bounds exclude each other, from the start
 # So many problems at once fill the vector units and stay in the caches; elsewhere, all of them.
@@ -91,81 +83,6 @@ class _Search(NamedTuple):
     finish: Array  # nothing is left to try: evaluate the point and stop
     iterations: Array
     status: Array
-
-
-class Assessment(NamedTuple):
-    """A point held against the first-order conditions."""
-
-    first: FirstOrder
-    gradient: Array  # [T, m], ∇_u J
-    held: Array  # [T, m], the clamped controls
-    kkt_residual: Array
-    residual: Array  # the stricter one that convergence asks for
-    stationary: Array  # that, over the terms that cancel in it
-    relative: Array  # the same, or the gap of the constraints over their size if that is larger
-    finite: Array
-    rows: Any = None  # RowState of the constraints, if there are any
-    gap: Any = None
-    size: Any = None  # of the terms that cancel in the constraints, at least 1
-
-
-def assess(data: Data, point: Iterate, expanded: Expansion) -> Assessment:
-    """Hold a point against the first-order conditions."""
-    u, lower, upper = point.u, data.u_lower, data.u_upper
-    rows = gap = size = None
-    if point.penalty is not None:
-        rows = augmented.state(point.g, point.penalty, data.prices)
-        gap = augmented.gap(rows, point.penalty)
-    first = first_order(expanded, None if rows is None else rows.multiplier)
-    gradient = first.control_cost + first.control_pull
-    held = clamped(gradient, u, lower, upper)
-    # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
-    # gradient has to vanish. Hence every clamped control ends exactly on its bound.
-    residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
-    terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
-    stationary = relative = residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1)))
-    kkt_residual = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
-    # What these do not show to be finite enters none of the others.
-    shown = [point.x, point.costs, first.c, expanded.F, first.costate]
-    if gap is not None:
-        size = jnp.maximum(1, augmented.size(expanded.G, point.x, u))
-        relative = jnp.maximum(stationary, gap / size)
-        kkt_residual = jnp.maximum(kkt_residual, gap)
-        shown += jax.tree.leaves((point.g, expanded.G))
-    return Assessment(
-        first=first,
-        gradient=gradient,
-        held=held,
-        kkt_residual=kkt_residual,
-        residual=residual,
-        stationary=stationary,
-        relative=relative,
-        finite=_finite(shown, residual.ndim),
-        rows=rows,
-        gap=gap,
-        size=size,
-    )
-
-
-def _finite(arrays, batch_axes: int) -> Array:
-    return functools.reduce(
-        jnp.logical_and, (lanes.every(jnp.isfinite(a), a.ndim - batch_axes) for a in arrays)
-    )
-
-
-def tolerances(options: Options, dtype) -> tuple[Array, Array]:
-    """What counts as converged, and what the solver aims for before it stops.
-
-    They differ in the default for narrow types: there the residual that rounding allows depends on
-    the problem, so the solver goes on while steps still lower it.
-    """
-    if options.tolerance is not None:
-        tolerance = goal = options.tolerance
-    elif (eps := float(jnp.finfo(dtype).eps)) < 1e-12:
-        tolerance = goal = 1e-10
-    else:
-        tolerance, goal = 64 * eps, 4 * eps
-    return jnp.asarray(tolerance, dtype), jnp.asarray(goal, dtype)
 
 
 @lanes.any_rank
@@ -257,6 +174,10 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     # A step that changed the objective by rounding only has to halve the residual, or there is
     # nothing more to gain on this way; it has to lower it at all to be kept.
     settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
+    if model.constrained:
+        # Nor is an update worth another that does not halve a gap that is small already.
+        lingers = (here.gap > goal * here.size) & ~(here.gap < 0.5 * point.penalty.gap)
+        settled |= moved & small & lingers
     worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
     back = moved & ~s.finish & (~here.finite | worse)
 
@@ -265,13 +186,13 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     infeasible = jnp.zeros_like(running)
     if model.constrained:
         point, here, infeasible = _update_multipliers(
-            data, point, here, expanded, ~certify & ~back, tolerance, settled, limits
+            data, point, here, expanded, ~certify & ~back, tolerance, goal, settled, limits
         )
         certify |= infeasible
     multipliers = None if here.rows is None else here.rows.multiplier
     costate = here.first.costate
     H, H_final = hessians(model, data.theta, point.x, point.u, expanded, costate, multipliers)
-    finite = here.finite & _finite((H, H_final), running.ndim)
+    finite = here.finite & all_finite((H, H_final), running.ndim)
     back |= moved & ~s.finish & ~finite
     near = _within_reach(data, point, options)
     # The factors of the last trip are those of the derivative's linear system, which converges the
@@ -365,6 +286,7 @@ def _update_multipliers(
     expanded: Expansion,
     may: Array,
     tolerance: Array,
+    goal: Array,
     settled: Array,
     limits: tuple[Array, Array],
 ) -> tuple[Iterate, Assessment, Array]:
@@ -395,7 +317,9 @@ def _update_multipliers(
             penalty, expanded, after.gradient - here.gradient, here.gap, data, point.u
         )
     )
-    updates = may & minimised & ~infeasible
+    # Less than that is rounding, and an update would only multiply it by ρ.
+    open_ = (here.gap > goal * here.size) | (penalty.rho < point.penalty.rho)
+    updates = may & minimised & open_ & ~infeasible
     return *select(updates, (updated, after), (point, here)), infeasible
 
 
@@ -490,174 +414,6 @@ def _report(end: _Search) -> tuple[Solution, Linearization]:
         violation=jnp.zeros_like(objective) if violation is None else violation,
     )
     return solution, linearization
-
-
-def propose(
-    data: Data,
-    point: Iterate,
-    here: Assessment,
-    expanded: Expansion,
-    H: Array,
-    H_final: Array,
-    rho: Any,
-    options: Options,
-    regularization: Array,
-    certify: Array,
-) -> tuple[Step, Factors]:
-    """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
-
-    With ``certify`` nothing is regularized, the active set is that of the point, and the factors
-    are those of its exact KKT matrix, with ρ GᵀG of the active rows in it; in any case they are
-    those with the exact Hessian.
-    """
-    first, held = here.first, here.held
-    u, lower, upper = point.u, data.u_lower, data.u_upper
-    low = jnp.where(certify, jnp.where(held, 0, -jnp.inf), lower - u)
-    high = jnp.where(certify, jnp.where(held, 0, jnp.inf), upper - u)
-
-    def recursions(convex, exact, c, c_final):
-        if options.hessian != "exact":
-            exact = select(certify, exact, convex)
-
-        def recursion(hessian, final):
-            return backward_pass(
-                hessian, expanded.F, c, final, c_final,
-                low, high, held, jnp.where(certify, 0, regularization), certify,
-            )  # fmt: skip
-
-        with_exact = recursion(*exact)
-        factors = with_exact[2]
-        fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
-        chosen = lax.cond(
-            jnp.all(fine),
-            lambda: with_exact,
-            lambda: select(fine, with_exact, recursion(*convex)),
-        )
-        return chosen, factors
-
-    convex, exact = (expanded.C, expanded.C_final), (H, H_final)
-    if here.rows is None:
-        chosen, factors = recursions(convex, exact, first.c, first.c_final)
-    else:
-        chosen, factors = _with_rows(
-            data, point, here.rows, expanded, convex, exact, rho, certify, recursions
-        )
-    d, free, used, slope, bend = chosen
-    bound = jnp.where(d <= lower - u, lower, upper)
-    target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
-    return Step(target, used.K, slope, bend), factors
-
-
-def _with_rows(
-    data, point, rows: RowState, expanded: Expansion, convex, exact, rho, certify, recursions
-):
-    """``recursions`` on the augmented Lagrangian's model of a step.
-
-    That is quadratic in pieces: rows become active on the way and others cease to be. So the
-    pieces are guessed, at first as those of the point, and corrected by what they lead to, a
-    semismooth Newton iteration. If that comes to no end, the model is one from above: the slopes
-    at the point, and the curvature of every row that was active in any guess.
-    """
-    G, penalty, prices = expanded.G, point.penalty, data.prices
-    n = point.x.shape[1]
-
-    def with_pieces(active, beyond, stiff):
-        state = augmented.on_pieces(point.g, penalty, prices, active, beyond)
-        weights = augmented.weights(state._replace(active=stiff), rho, prices, certify)
-        pull = rows_pull(G, state.multiplier)
-        c = expanded.c if pull.stage is None else expanded.c + pull.stage
-        c_final = expanded.c_final if pull.final is None else expanded.c_final + pull.final
-        return recursions(
-            add_squares(*convex, G, weights), add_squares(*exact, G, weights), c, c_final
-        )
-
-    def led_to(d, K):
-        """The pieces after the step that the model proposes."""
-        low, high = data.u_lower - point.u, data.u_upper - point.u
-
-        def advance(dx, now):
-            F, d, K, low, high = now
-            du = jnp.clip(d + lanes.matvec(K, dx), low, high)
-            return lanes.matvec(F[:, :n], dx) + lanes.matvec(F[:, n:], du), (dx, du)
-
-        start = jnp.zeros_like(point.x[0])
-        dx_final, (dx, du) = lax.scan(advance, start, (expanded.F, d, K, low, high))
-        dx = jnp.concatenate([dx, dx_final[None]])
-        return augmented.predicted(point.g, penalty, prices, G, dx, du)
-
-    local = rows.active, rows.beyond
-
-    def unsettled(carry):
-        _, _, changed, count = carry
-        return jnp.any(changed) & (count <= _MAX_GUESSES)
-
-    def guess(carry):
-        (pieces, stiff, seen), _, changed, count = carry
-        out = with_pieces(*pieces, stiff)
-        (d, _, used, _, _), _ = out
-        there = select(certify, local, led_to(d, used.K))
-        seen = jax.tree.map(jnp.logical_or, seen, there[0])
-        differs = jax.tree.map(jnp.not_equal, there, pieces)
-        changed = functools.reduce(
-            jnp.logical_or,
-            (~lanes.every(~a, a.ndim - changed.ndim) for a in jax.tree.leaves(differs)),
-        )
-        more = count + 1 < _MAX_GUESSES
-        after = select(more, there, local), select(more, there[0], seen)
-        return (*select(changed, after, (pieces, stiff)), seen), out, changed, count + 1
-
-    out = jax.eval_shape(lambda: with_pieces(*local, rows.active))
-    out = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
-    yes = jnp.ones_like(certify)
-    pieces = local, rows.active, rows.active
-    _, out, _, _ = lax.while_loop(unsettled, guess, (pieces, out, yes, jnp.int32(0)))
-    return out
-
-
-def along_negative_curvature(
-    data: Data,
-    point: Iterate,
-    here: Assessment,
-    expanded: Expansion,
-    H: Array,
-    rho: Any,
-    factors: Factors,
-) -> Step:
-    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
-    direction of negative curvature, with the later stages answering by their feedback."""
-    T, _, *batch = point.u.shape
-    n = point.x.shape[1]
-    bad = ~(factors.curvature > definite_threshold(point.u.dtype))
-    last = T - 1 - jnp.argmax(bad[::-1], axis=0)
-    stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
-    if here.rows is not None:
-        G = expanded.G
-        weights = augmented.weights(here.rows, rho, data.prices, jnp.bool_(False))
-        H, _ = add_squares(H, expanded.C_final, G, weights)
-    at_last, later = stage == last, stage > last  # [T]
-
-    def pick(a):
-        """a[last], of each problem."""
-        here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
-        return jnp.sum(jnp.where(here, a, 0), axis=0)
-
-    B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
-    Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
-    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
-    lower, upper = pick(data.u_lower), pick(data.u_upper)
-    # Without bounds, the length at which the curvature would have used up the objective.
-    curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
-    curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(point, data.prices)), axis=0) / curvature)
-    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
-    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
-    # The longest step that keeps every control within its width.
-    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
-    move = jnp.where(direction == 0, 0, length * direction)
-    target = point.u + jnp.where(at_last[:, None], move, 0)
-    K = jnp.where(later[:, None, None], factors.K, 0)
-    zero = jnp.zeros(batch, point.u.dtype)
-    return Step(target, K, zero, zero)
 
 
 @jax.custom_vjp

@@ -169,7 +169,7 @@ def line_search(
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
     eps = jnp.finfo(noise.dtype).eps
-    hopeless = escape | (decrease <= eps * jnp.sum(jnp.abs(merit), axis=0))
+    hopeless = escape | (jnp.abs(decrease) <= eps * jnp.sum(jnp.abs(merit), axis=0))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def unfinished(carry):

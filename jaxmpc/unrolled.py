@@ -9,9 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxmpc import lanes, problem, validation
+from jaxmpc.assessment import assess, tolerances
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import expand, first_order, hessians
-from jaxmpc.ilqr import assess, tolerances
 from jaxmpc.model import Data, Model
 from jaxmpc.riccati import factorize, masked_inverse
 from jaxmpc.steps import (
