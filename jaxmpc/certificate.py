@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxmpc import augmented, problem, validation
 from jaxmpc.assessment import assess
 from jaxmpc.constrained import ActiveRows, penalised
-from jaxmpc.expansions import expand, hessians, rows_pull
+from jaxmpc.expansions import add_pull, expand, hessians
 from jaxmpc.lqr import adjoint_rhs, factorize, kkt_solve
 from jaxmpc.mpc import mpc_solve, priced
 from jaxmpc.riccati import Point, Rhs
@@ -178,9 +178,7 @@ def _adjoint_residual(system, x: Array, u: Array) -> Array:
     pull = jnp.einsum("tij,ti->tj", F, w.costate[1:])
     end, held = C_final @ w.x[-1] + rhs.c_final - w.costate[-1], []
     if rows is not None:
-        of_stage, of_end = rows_pull(rows.G, w.multiplier)
-        pull = pull if of_stage is None else pull + of_stage
-        end = end if of_end is None else end + of_end
+        pull, end = add_pull(pull, end, rows.G, w.multiplier)
         g = [(rows.G.stage, rows.active.stage, z), (rows.G.final, rows.active.final, w.x[-1])]
         held = [
             jnp.where(active, jnp.einsum("...ij,...j->...i", G, z), 0)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc import lanes
-from jaxmpc.expansions import add_squares, rows_pull
+from jaxmpc.expansions import add_pull, add_squares
 from jaxmpc.model import Rows
 from jaxmpc.riccati import Factors, Point, Rhs
 
@@ -75,13 +75,6 @@ def solve(
     def masked(g):
         return jax.tree.map(lambda g, active: jnp.where(active, g, 0), g, rows.active)
 
-    def with_pull(c, c_final, weights):
-        stage, final = rows_pull(G, weights)
-        return (
-            c if stage is None else c + stage,
-            c_final if final is None else c_final + final,
-        )
-
     def left(point: Point) -> Rhs:
         """What the point leaves of the right-hand side."""
         x, u, costate, multiplier = point
@@ -89,13 +82,13 @@ def solve(
         c = matvec(C, z) + rhs.c + matvec_t(F, costate[1:])
         c = c.at[:, :n].add(-costate[:-1])
         c_final = lanes.matvec(C_final, x[-1]) + rhs.c_final - costate[-1]
-        c, c_final = with_pull(c, c_final, multiplier)
+        c, c_final = add_pull(c, c_final, G, multiplier)
         g = masked(jax.tree.map(jnp.add, apply_rows(x, u), rhs.g))
         return Rhs(rhs.x_init - x[0], c, matvec(F, z) + rhs.f - x[1:], c_final, g)
 
     def correction(rest: Rhs) -> Point:
         scaled = jax.tree.map(lambda g: rows.rho * g, masked(rest.g))
-        c, c_final = with_pull(rest.c, rest.c_final, scaled)
+        c, c_final = add_pull(rest.c, rest.c_final, G, scaled)
         point, _ = substitute(factors, F, Rhs(rest.x_init, c, rest.f, c_final))
         moved = jax.tree.map(jnp.add, apply_rows(point.x, point.u), masked(rest.g))
         return point._replace(multiplier=jax.tree.map(lambda g: rows.rho * g, moved))

@@ -155,9 +155,7 @@ def first_order(expansion: Expansion, multipliers: Rows | None = None) -> FirstO
     c, _, F, c_final, _, G = expansion
     n = c_final.shape[0]
     if G is not None:
-        stage, final = rows_pull(G, multipliers)
-        c = c if stage is None else c + stage
-        c_final = c_final if final is None else c_final + final
+        c, c_final = add_pull(c, c_final, G, multipliers)
 
     def adjoint(costate, data):
         c, A = data
@@ -205,11 +203,13 @@ def hessians(
 
 
 @lanes.any_rank
-def rows_pull(G: Rows, weights: Rows) -> Rows:
-    """Gᵀ w: [T, n+m] and [n]."""
-    stage = None if G.stage is None else jax.vmap(lanes.matvec_t)(G.stage, weights.stage)
-    final = None if G.final is None else lanes.matvec_t(G.final, weights.final)
-    return Rows(stage, final)
+def add_pull(c: Array, c_final: Array, G: Rows, weights: Rows) -> tuple[Array, Array]:
+    """c + Gᵀ w, at the stages and at the end."""
+    if G.stage is not None:
+        c = c + jax.vmap(lanes.matvec_t)(G.stage, weights.stage)
+    if G.final is not None:
+        c_final = c_final + lanes.matvec_t(G.final, weights.final)
+    return c, c_final
 
 
 @lanes.any_rank

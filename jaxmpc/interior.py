@@ -174,8 +174,10 @@ def advance(
         du=at.du + alpha * (du - at.du),
         variables=jax.tree.map(lambda v, dv: v + alpha * dv, at.variables, changes),
     )
-    pairs = lanes.sum_of(_total(one.inequality + 1.0 * one.soft, at.tau.ndim) for one in sides)
-    mean = gap(sides, to) / jnp.maximum(pairs, 1)
+    pairs = lanes.sum_of(
+        _total(one.inequality.astype(int) + one.soft, at.tau.ndim) for one in sides
+    )
+    mean = gap(sides, to) / jnp.maximum(pairs, 1).astype(at.tau.dtype)
     return to._replace(tau=mean * jnp.minimum(1, 1 + _REDUCTION - alpha))
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxmpc import augmented, interior, lanes
 from jaxmpc.assessment import Assessment
-from jaxmpc.expansions import Expansion, add_squares, rows_pull
+from jaxmpc.expansions import Expansion, add_pull, add_squares
 from jaxmpc.interior import Interior
 from jaxmpc.model import Data, Rows
 from jaxmpc.riccati import Factors
@@ -31,8 +31,8 @@ from jaxmpc.steps import (
 )
 from jaxmpc.types import Options
 
-_MAX_GUESSES = 6  # of the pieces
-_MAX_INTERIOR = 40  # steps of the interior-point method
+_MAX_GUESSES = 4  # of the pieces
+_MAX_INTERIOR = 20  # steps of the interior-point method
 
 
 class _Box(NamedTuple):
@@ -56,11 +56,12 @@ class _Solved(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What rows add to the model of a stage, and of the end."""
+    """What rows make of the model: its gradient, and the weights of their squares."""
 
-    c: Rows  # [T, n+m] and [n]; None where there is nothing
-    weights: Rows  # [T, p] and [q], of the squares of the rows
-    bounds: Array  # [T, m], of those of the controls
+    c: Array  # [T, n+m]
+    c_final: Array  # [n]
+    weights: Rows
+    bounds: Array  # [T, m], the weights of those of the controls
 
 
 def propose(
@@ -161,24 +162,24 @@ def _with_rows(
     m, n = point.u.shape[1], point.x.shape[1]
     low, high = data.u_lower - point.u, data.u_upper - point.u
     sides = interior.sides(point.g, penalty, prices, low, high)
-    no = jnp.zeros_like(certify)
+    first, no = here.first, jnp.zeros_like(certify)
+
+    def gradient(slopes: Rows) -> tuple[Array, Array]:
+        return add_pull(expanded.c, expanded.c_final, G, slopes)
 
     def of_pieces(pieces) -> _Terms:
         state = augmented.on_pieces(point.g, penalty, prices, *pieces)
         weights = augmented.weights(state, rho, prices, certify)
-        return _Terms(rows_pull(G, state.multiplier), weights, jnp.zeros_like(point.u))
+        return _Terms(*gradient(state.multiplier), weights, jnp.zeros_like(point.u))
 
     def of_interior(at: Interior, steps) -> _Terms:
         moved = interior.along(G, at.dx, at.du)
         # The slopes at dz = 0.
         *slopes, bounds = (s.slope - s.weight * g for s, g in zip(steps, moved, strict=True))
         *weights, of_bounds = (s.weight for s in steps)
-        c = rows_pull(G, _as_rows(G, slopes))
-        stage = jnp.zeros_like(expanded.c) if c.stage is None else c.stage
-        stage = stage.at[:, n:].add(bounds[:, :m] - bounds[:, m:])
-        return _Terms(
-            Rows(stage, c.final), _as_rows(G, weights), of_bounds[:, :m] + of_bounds[:, m:]
-        )
+        c, c_final = gradient(_as_rows(G, slopes))
+        c = c.at[:, n:].add(bounds[:, :m] - bounds[:, m:])
+        return _Terms(c, c_final, _as_rows(G, weights), of_bounds[:, :m] + of_bounds[:, m:])
 
     def minimum(pieces, inside, at: Interior, curved) -> tuple[_Solved, Array, Array, Any]:
         """Of the model, and where it is; and the Newton steps of the interior."""
@@ -187,11 +188,7 @@ def _with_rows(
             interior.newton(one, variables, g, at.tau)
             for one, variables, g in zip(sides, at.variables, moved, strict=True)
         )
-        outside, within = of_pieces(pieces), of_interior(at, steps)
-        if outside.c.stage is None:
-            outside = outside._replace(c=Rows(jnp.zeros_like(expanded.c), outside.c.final))
-        terms = select(inside, within, outside)
-        final = expanded.c_final if terms.c.final is None else expanded.c_final + terms.c.final
+        terms = select(inside, of_interior(at, steps), of_pieces(pieces))
 
         def squares(C, C_final):
             C, C_final = add_squares(C, C_final, G, terms.weights)
@@ -203,7 +200,7 @@ def _with_rows(
             jnp.where(inside, jnp.where(pinned, 0, jnp.inf), box.high),
             box.held & ~inside,
         )
-        solved = solve(expanded.c + terms.c.stage, final, around, squares, curved)
+        solved = solve(terms.c, terms.c_final, around, squares, curved)
 
         def advance(dx, now):
             F, d, K, low, high = now
@@ -214,12 +211,7 @@ def _with_rows(
         stages = expanded.F, solved.d, solved.used.K, low, high
         dx_final, (dx, du) = lax.scan(advance, jnp.zeros_like(point.x[0]), stages)
         dx = jnp.concatenate([dx, dx_final[None]])
-        # In the interior the recursion has another slope at the point than the objective.
-        first = here.first
-        slope = jnp.sum(first.c * jnp.concatenate([dx[:-1], du], axis=1), axis=(0, 1))
-        slope += lanes.dot(first.c_final, dx[-1])
-        inner = solved._replace(slope=slope, bend=-slope / 2, free=jnp.ones_like(solved.free))
-        return select(inside, inner, solved), dx, du, steps
+        return solved, dx, du, steps
 
     def unsettled(s: _Search):
         return jnp.any(s.open) & (s.tries < _MAX_GUESSES + _MAX_INTERIOR)
@@ -233,18 +225,27 @@ def _with_rows(
             jnp.logical_and, (lanes.every(~a, a.ndim - no.ndim) for a in differs)
         )
         settled |= s.inside
-        ended = interior.ended(sides, s.at, -solved.slope)
+        after = interior.advance(sides, s.at, steps, G, dx, du)
+        # The recursion's slope at the point is not that of the objective.
+        slope = jnp.sum(first.c * jnp.concatenate([after.dx[:-1], after.du], axis=1), axis=(0, 1))
+        slope += lanes.dot(first.c_final, after.dx[-1])
+        inner = solved._replace(
+            d=after.du - jax.vmap(lanes.matvec)(solved.used.K, after.dx[:-1]),
+            free=jnp.ones_like(solved.free),
+            slope=slope,
+            bend=-slope / 2,
+        )
+        ended = interior.ended(sides, after, -slope)
         open = s.open & jnp.where(s.inside, ~ended, ~settled)
         enters = open & ~s.inside & (s.tries + 1 >= _MAX_GUESSES)
         pieces = select(open & ~s.inside, there, s.pieces)
-        after = interior.advance(sides, s.at, steps, G, dx, du)
         return _Search(
             pieces=pieces,
             inside=s.inside | enters,
             at=select(s.inside & open, after, select(enters, at_first(pieces), s.at)),
             curved=s.curved & (solved.fine | ~s.inside),
             exact=select(s.inside, s.exact, solved.exact),
-            solved=solved,
+            solved=select(s.inside, inner, solved),
             open=open,
             tries=s.tries + 1,
         )
