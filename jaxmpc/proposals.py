@@ -31,6 +31,7 @@ from jaxmpc.steps import (
 )
 from jaxmpc.types import Options
 
+_ALMOST = 1e-2  # the share of the width between the bounds that is next to one
 _MAX_GUESSES = 4  # of the pieces
 _MAX_INTERIOR = 20  # steps of the interior-point method
 
@@ -125,7 +126,19 @@ def propose(
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
     # From the interior, d is within the bounds together with K dx only.
     target = jnp.where(inside, u + d, target)
-    return Step(target, used.K, slope, bend), factors
+    return Step(target, _reach(data, u, here, target), used.K, slope, bend), factors
+
+
+def _reach(data: Data, u: Array, here: Assessment, target: Array) -> Array:
+    """From how far away a control goes to its bound with any step, if the gradient holds it there.
+
+    With a share of every step it would come nearer for ever, and count as free all the way
+    (Bertsekas 1982, Projected Newton methods for optimization problems with simple constraints).
+    """
+    lower, upper = data.u_lower, data.u_upper
+    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
+    outward = jnp.where(here.gradient > 0, target == lower, target == upper)
+    return jnp.where(outward, _ALMOST * width, 0)
 
 
 class _Search(NamedTuple):
@@ -314,4 +327,4 @@ def along_negative_curvature(
     target = point.u + jnp.where(at_last[:, None], move, 0)
     K = jnp.where(later[:, None, None], factors.K, 0)
     zero = jnp.zeros(batch, point.u.dtype)
-    return Step(target, K, zero, zero)
+    return Step(target, jnp.zeros_like(target), K, zero, zero)

@@ -35,6 +35,7 @@ class Step(NamedTuple):
     """A proposal: u + α (target − u) + K dx, clipped to the bounds."""
 
     target: Array  # [T, m]
+    reach: Array  # [T, m], with α = 1 where α times this is as far as the target
     K: Array  # [T, m, n]
     slope: Array  # the predicted change of the objective is α slope + α² bend
     bend: Array
@@ -135,14 +136,15 @@ def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) ->
     transit, at = transition(model, data.theta, point.u)
 
     def advance(x_new, stage):
-        u, target, K, x, lower, upper, now = stage
+        u, target, reach, K, x, lower, upper, now = stage
         # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
-        straight = jnp.where(alpha == 1, target, u + alpha * (target - u))
+        there = (alpha == 1) | (jnp.abs(target - u) <= alpha * reach)
+        straight = jnp.where(there, target, u + alpha * (target - u))
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
         return transit(x_new, u_new, now), (x_new, u_new)
 
     u, x = point.u, point.x
-    along = (u, step.target, step.K, x[:-1], data.u_lower, data.u_upper, at)
+    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, at)
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
     return _iterate(model, data, u_new, x_new, point.penalty)

@@ -94,7 +94,7 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
             lower - u, upper - u, held, regularization, no, qp=_differentiable_box_qp,
         )  # fmt: skip
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
-        step = Step(target, factors.K, slope, bend)
+        step = Step(target, jnp.zeros_like(target), factors.K, slope, bend)
         constant = lax.stop_gradient((data, point, step))
         noise = lax.stop_gradient(rounding(point, first.costate, None))
         _, search = line_search(model, *constant, no, yes, noise, decay)

@@ -295,6 +295,51 @@ RATE = Problem(
 )
 
 
+def drone_dynamics(x, u, t, params):
+    """A planar drone, semi-implicit: y, z, angle and their rates; u the two thrusts."""
+    dt = 0.05
+    lift, turn = u[0] + u[1], u[0] - u[1]
+    rates = [
+        x[3] - dt * lift * sin(x[2]) / params["mass"],
+        x[4] + dt * (lift * cos(x[2]) / params["mass"] - 9.81),
+        x[5] + dt * params["arm"] * turn / params["inertia"],
+    ]
+    return stack([x[i] + dt * rates[i] for i in range(3)] + rates)
+
+
+def drone_cost(x, u, t, params):
+    effort = sum((u[i] - 4.9) ** 2 for i in range(2))
+    return 1.5 * (x[0] ** 2 + x[1] ** 2) + 3 * (1 - cos(x[2])) + 0.5 * x[5] ** 2 + 0.05 * effort
+
+
+def drone_terminal_cost(x, params):
+    near = 8 * (x[0] ** 2 + x[1] ** 2) + 15 * (1 - cos(x[2]))
+    return near + 2.5 * (x[3] ** 2 + x[4] ** 2 + x[5] ** 2)
+
+
+# Limits so tight that nearly every change of a control is at one.
+SLEW = Problem(
+    cost=drone_cost,
+    dynamics=drone_dynamics,
+    terminal_cost=drone_terminal_cost,
+    inputs={
+        "x_init": np.array([-1.5, 0.1, 0.0, 0.0, 0.0, 0.0]),
+        "params": {"mass": 1.0, "arm": 0.4, "inertia": 0.08},
+        "u_lower": np.zeros((30, 2)),
+        "u_upper": np.full((30, 2), 6.5),
+        "rate": {"previous": np.full(2, 4.905), "limit": np.array([0.35, 0.3])},
+    },
+    u_init=np.full((30, 2), 4.905),
+    x_init=np.array(
+        [
+            [-1.5, 0.1, 0.0, 0.0, 0.0, 0.0],
+            [1.0, -0.5, 0.3, 0.5, 0.0, 0.0],
+            [0.2, 0.4, 0.0, -1.5, 0.5, -0.5],
+        ]
+    ),
+)
+
+
 def reached(x, params):
     return stack([x[0] - params["goal"]])
 
@@ -343,6 +388,7 @@ PROBLEMS = {
     "stage equality": STAGE_EQUALITY,
     "soft": SOFT,
     "rate": RATE,
+    "slew": SLEW,
     "everything": EVERYTHING,
 }
 

@@ -154,6 +154,18 @@ def test_plans_and_multipliers_are_those_of_ipopt(name):
     assert ("paid" in kinds) == any(key in problem.inputs for key in ("slack", "terminal_slack"))
 
 
+def test_limits_of_the_rate_that_bind_nearly_everywhere():
+    problem = PROBLEMS["slew"]
+    run = jax.jit(jax.vmap(lambda x: solve(problem, jax.tree.map(jnp.asarray, problem.at(x)))))
+    solutions = run(jnp.asarray(problem.x_init))
+    assert np.all(solutions.status == Status.CONVERGED)
+    for i, x_init in enumerate(problem.x_init):
+        want = ipopt(problem, problem.at(x_init))
+        assert np.sum(np.abs(want.multipliers["rate"]) > 1e-6) > 10
+        assert_close(solutions.u[i], want.u, 1e-6)
+        assert_close(solutions.objective[i], want.objective, 1e-9)
+
+
 def _any(masks):
     return any(np.any(mask) for mask in masks.values())
 

@@ -523,6 +523,31 @@ def test_a_control_that_creeps_up_to_its_bound_gets_there():
     assert np.all(solution.status == Status.CONVERGED)
 
 
+def test_a_short_step_next_to_a_bound_still_reaches_it():
+    """Random networks on whose minima shortened steps used to halve the distance, for ever."""
+
+    def dynamics(x, u, t, params):
+        return x + 0.25 * jnp.tanh(jnp.concatenate([x, u]) @ params["into"]) @ params["out"]
+
+    def cost(x, u, t, params):
+        return 0.5 * ((x[0] - 1) ** 2 + x[1] ** 2 + 0.1 * x[2] ** 2 + 0.05 * u[0] ** 2)
+
+    def draw(seed):
+        into, out, x_init = jax.random.split(jax.random.key(seed), 3)
+        params = {
+            "into": jax.random.normal(into, (4, 16)),
+            "out": 0.5 * jax.random.normal(out, (16, 3)),
+        }
+        return params, jax.random.normal(x_init, (3,))
+
+    params, x_init = jax.vmap(draw)(jnp.array([898, 1624, 8087, 8163]))
+    u_init = jnp.zeros((4, 20, 1))
+    bounds = (jnp.full_like(u_init, b) for b in (-2.0, 2.0))
+    solution = solve(Model(cost, dynamics), Inputs(x_init, u_init, params, *bounds))
+    assert np.all(solution.status == Status.CONVERGED)
+    assert np.max(solution.iterations) < 100
+
+
 def test_a_cost_that_is_not_convex_in_the_control():
     def cost(x, u, t, params):
         return jnp.sum(jnp.cos(3 * u)) + 0.1 * u @ u + 0.5 * x @ x
