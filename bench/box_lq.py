@@ -9,6 +9,7 @@ x_0 normal times 30. n = 8, m = 4, T = 40, batch 64, limits 1 and 10, float64, a
 at a time. Forward, and forward with the gradient of mean(u²) in Q and R. Contenders:
 
 - jaxmpc.mpc_solve, with cost and dynamics that read their matrices from params;
+- the same with the matrices themselves, as `Quadratic` and `Affine`;
 - mpc.pytorch, the paper's own implementation (`mpc` 0.0.6), by its `QuadCost` and `LinDx`;
 - HPIPM (interior point, in C), the whole batch one after the other on one thread, without setting
   up: forward alone;
@@ -22,6 +23,7 @@ others. A point that took more than --budget seconds is the last of its sweep.
 """
 
 import functools
+import itertools
 import os
 import time
 
@@ -31,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import measure, peers, report
-from jaxmpc import Options, mpc_solve
+from jaxmpc import Affine, Options, Quadratic, mpc_solve
 
 BASE = dict(n=8, m=4, T=40, batch=64)
 LIMITS = (1.0, 10.0)
@@ -45,7 +47,8 @@ SWEEPS = dict(
 RADIUS = 0.9, 1.02
 SCALE = 30.0
 WORKS = FORWARD, GRADIENT = "forward", "forward + gradient"
-JAXMPC, REFERENCE, HPIPM, CASADI = "jaxmpc", "mpc.pytorch", "HPIPM", "CasADi + IPOPT"
+JAXMPC, MATRICES = "jaxmpc", "jaxmpc, matrices"
+REFERENCE, HPIPM, CASADI = "mpc.pytorch", "HPIPM", "CasADi + IPOPT"
 TOLERANCES = 10.0 ** -np.arange(1.0, 13.0)
 
 
@@ -120,15 +123,16 @@ class Case:
 
     def compare(self, targets, others):
         """jaxmpc, the others, and jaxmpc again; rows that are there already stay as they are."""
-        made, key = [], self.key | measure.setting() | dict(contender=JAXMPC)
-        for work in WORKS[1:] if self.args.quick else WORKS:
+        made, works = [], WORKS[1:] if self.args.quick else WORKS
+        for contender, work in itertools.product((JAXMPC, MATRICES), works):
+            key = self.key | measure.setting() | dict(contender=contender)
             if all(self.rows.find(key | dict(work=work, target=goal)) for goal in targets):
                 continue
             if self.is_stopped(key | dict(work=work), [work], targets):
                 continue
             start = time.perf_counter()
             call, compiling = measure.compiled(
-                gradient if work == GRADIENT else solve,
+                functools.partial(gradient if work == GRADIENT else solve, contender),
                 self.params, self.x_init, jnp.zeros((self.T, self.m)), self.limit,
                 Options(tolerance=1.0),
             )  # fmt: skip
@@ -136,7 +140,7 @@ class Case:
                 chosen, found = self.choose(call, target)
                 row = key | dict(work=work, target=target) | compiling | found
                 made.append((chosen, row, self.times(chosen)))
-            self.clock(JAXMPC, time.perf_counter() - start)
+            self.clock(contender, time.perf_counter() - start)
         for other in others:
             other(targets)
         for chosen, row, times in made:
@@ -259,20 +263,27 @@ class Case:
         self.peer(CASADI, "casadi_box_lq.py", targets[-1:], [FORWARD], [1e-12])
 
 
-@functools.partial(jax.vmap, in_axes=(0, 0, None, None, None))
-def _plan(params, x_init, u_init, limit, options):
-    bounds = dict(u_lower=-limit, u_upper=limit)
-    return mpc_solve(cost, dynamics, x_init, u_init, params, options=options, **bounds)
+def _functions(contender, params):
+    if contender == JAXMPC:
+        return cost, dynamics
+    A, B, Q, R = params
+    weights = jax.scipy.linalg.block_diag(Q, R)
+    return Quadratic(weights), Affine(jnp.concatenate([A, B], axis=1))
 
 
-def solve(params, x_init, u_init, limit, options):
-    solution = _plan(params, x_init, u_init, limit, options)
+def solve(contender, params, x_init, u_init, limit, options):
+    def plan(params, x_init):
+        functions = _functions(contender, params)
+        bounds = dict(u_lower=-limit, u_upper=limit)
+        return mpc_solve(*functions, x_init, u_init, params, options=options, **bounds)
+
+    solution = jax.vmap(plan)(params, x_init)
     return jnp.mean(solution.u**2), solution
 
 
-def gradient(params, x_init, u_init, limit, options):
+def gradient(contender, params, x_init, u_init, limit, options):
     def loss(weights):
-        return solve((*params[:2], *weights), x_init, u_init, limit, options)
+        return solve(contender, (*params[:2], *weights), x_init, u_init, limit, options)
 
     return jax.grad(loss, has_aux=True)(params[2:])
 
@@ -288,7 +299,7 @@ def table(rows) -> str:
         *("median", "range", "compile", "iterations mean / max", "converged", "clamped"),
         *("tolerance", "KKT residual, worst", "objective, mean", "times jaxmpc's"),
     ]
-    order = {name: place for place, name in enumerate((JAXMPC, REFERENCE, HPIPM, CASADI))}
+    order = {name: place for place, name in enumerate((JAXMPC, MATRICES, REFERENCE, HPIPM, CASADI))}
     sweeps = ["", *SWEEPS]
     rank = lambda row: (  # noqa: E731
         sweeps.index(row["sweep"]), row["limit"], row["n"], row["T"], row["batch"],

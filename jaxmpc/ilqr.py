@@ -41,8 +41,6 @@ _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e
 _MINIMISED, _NEAR = 0.1, 1e-2
 _RUNNING = -1  # the status of a problem that goes on
 _CROSSED = -2  # of one whose bounds exclude each other, from the start
-# So many problems at once fill the vector units and stay in the caches; elsewhere, all of them.
-_LANES = {"cpu": 128}
 
 
 class Linearization(NamedTuple):
@@ -102,7 +100,9 @@ def solver(model: Model):
 
     @lanes.any_rank
     def many(size, batched, *problems):
-        width = min(size, _LANES.get(jax.default_backend(), size))
+        x_init, u_init = problems[0].x_init, problems[0].u_init
+        num = x_init.shape[-1] + u_init.shape[-1]
+        width = min(size, lanes.width(num**2 * x_init.dtype.itemsize))
 
         def take(index):
             def one(a, own):
@@ -317,9 +317,9 @@ def _update_multipliers(
             penalty, expanded, after.gradient - here.gradient, here.gap, data, point.u
         )
     )
-    # Less than that is rounding, and an update would only multiply it by ρ.
-    open_ = (here.gap > goal * here.size) | (penalty.rho < point.penalty.rho)
-    updates = may & minimised & open_ & ~infeasible
+    # A smaller gap is rounding, which an update would only multiply by ρ.
+    worthwhile = (here.gap > goal * here.size) | (penalty.rho < point.penalty.rho)
+    updates = may & minimised & worthwhile & ~infeasible
     return *select(updates, (updated, after), (point, here)), infeasible
 
 
@@ -466,7 +466,9 @@ def ilqr_box(
 
     Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it
     is minimised as well as the update would upset it, which near a solution is after every step,
-    and its penalty grows until each update closes nearly all of the gap.
+    and its penalty grows until each update closes nearly all of the gap. A step's model is quadratic
+    in pieces; where guessing the pieces that the rows will be on comes to no end, an interior-point
+    method finds the step.
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.

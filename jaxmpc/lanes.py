@@ -135,7 +135,7 @@ def last(fn, sizes):
             for leaf, flag in zip(leaves, flags, strict=True)
         ]
         n, m = sizes(*jax.tree.unflatten(treedef, one))
-        most = _most((n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one))
+        most = width((n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one))
         num_blocks = max(1, -(-size // most))
         num = -(-size // num_blocks)
 
@@ -163,7 +163,7 @@ def last(fn, sizes):
     return many
 
 
-def _most(bytes_each: int) -> int:
+def width(bytes_each: int) -> int:
     """How many problems to work on at once: on the CPU, so many that a matrix of each of them
     fits into the first cache."""
     if jax.default_backend() != "cpu":

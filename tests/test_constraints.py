@@ -115,7 +115,7 @@ def assert_gradients_close(got, want, rtol):
 
 # Plans and gradients.
 
-QUICK = ["obstacle", "soft", "everything"]
+QUICK = ["soft", "everything"]
 
 
 @pytest.fixture(

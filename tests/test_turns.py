@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from jaxmpc import Options, Status, ilqr, mpc_solve
+from jaxmpc import Options, Status, lanes, mpc_solve
 from jaxmpc.systems import pendulum
 from jaxmpc.turns import in_turns
 
@@ -18,7 +18,7 @@ LANES = 4
 
 @pytest.fixture
 def few_lanes(monkeypatch):
-    monkeypatch.setattr(ilqr, "_LANES", {"cpu": LANES})
+    monkeypatch.setattr(lanes, "width", lambda bytes_each: LANES)
 
 
 def solve(x_init, physics, upper, max_iterations=200):
@@ -54,7 +54,7 @@ def test_taking_turns_changes_no_solution(num, monkeypatch):
     batch = jax.tree.map(lambda a: a[-num:], problems(23))
     # A function of its own each time: jit would keep the first program.
     want = jax.jit(jax.vmap(functools.partial(solve)))(*batch)
-    monkeypatch.setattr(ilqr, "_LANES", {"cpu": LANES})
+    monkeypatch.setattr(lanes, "width", lambda bytes_each: LANES)
     with jax.numpy_dtype_promotion("strict"):
         got = jax.jit(jax.vmap(functools.partial(solve)))(*batch)
     np.testing.assert_array_equal(got.status, want.status)
