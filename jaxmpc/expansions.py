@@ -27,14 +27,19 @@ def transition(model: Model, theta: Theta, u: Array):
     """The dynamics as a function of (x, u, now), and what ``now`` is at each stage."""
     if "dynamics" in model.given:
         affine = model.matrices("dynamics", theta)
+        shared = _shared(model, affine.F, 2), _shared(model, affine.f, 1)
+        own = (None if one else a for a, one in zip((affine.F, affine.f), shared, strict=True))
 
         def step(x, u, now):
-            F, f = now
+            F, f = (
+                a if one else of_stage
+                for a, one, of_stage in zip((affine.F, affine.f), shared, now, strict=True)
+            )
             return lanes.materialize(
                 lambda F, z, f: lanes.matvec(F, z) + f, F, jnp.concatenate([x, u]), f
             )
 
-        return step, (affine.F, affine.f)
+        return step, tuple(own)
     dynamics = model.across(model.dynamics)
     return (lambda x, u, t: dynamics(x, u, t, theta)), stages(u)
 
@@ -56,7 +61,7 @@ def stage_costs(model: Model, theta: Theta, x: Array, u: Array) -> Array:
     if "cost" in model.given:
         given = model.matrices("cost", theta)
         z = jnp.concatenate([x[:-1], u], axis=1)
-        costs = jax.vmap(_quadratic)(given.C, given.c, z)
+        costs = _per_stage(model, _quadratic, given, z)
     else:
         costs = along(model, model.cost, theta, x[:-1], u)
     if model.terminal_cost is None:
@@ -67,6 +72,21 @@ def stage_costs(model: Model, theta: Theta, x: Array, u: Array) -> Array:
     else:
         final = model.across(model.terminal_cost)(x[-1], theta)
     return jnp.concatenate([costs, final[None]])
+
+
+def _shared(model: Model, given: Array, rank: int) -> bool:
+    """Whether a given matrix or vector is there once for all stages."""
+    return given.ndim == rank + len(model.batch)
+
+
+def _per_stage(model: Model, fn, given, z: Array) -> Array:
+    """``fn(C_t, c_t, z_t)`` at every stage."""
+    axes = (None if _shared(model, a, rank) else 0 for a, rank in ((given.C, 2), (given.c, 1)))
+    return jax.vmap(fn, (*axes, 0))(given.C, given.c, z)
+
+
+def _at_all_stages(model: Model, given: Array, T: int) -> Array:
+    return jnp.broadcast_to(given, (T, *given.shape)) if _shared(model, given, 2) else given
 
 
 def _quadratic(C, c, z):
@@ -123,11 +143,12 @@ def expand(model: Model, theta: Theta, x: Array, u: Array) -> Expansion:
     z = jnp.concatenate([x[:-1], u], axis=1)
     if "cost" in model.given:
         given = model.matrices("cost", theta)
-        c, C = jax.vmap(lanes.matvec)(given.C, z) + given.c, given.C
+        c = _per_stage(model, lambda C, c, z: lanes.matvec(C, z) + c, given, z)
+        C = _at_all_stages(model, given.C, len(z))
     else:
         c, C = along(model, jax.grad(cost), theta, z), along(model, jax.hessian(cost), theta, z)
     if "dynamics" in model.given:
-        F = model.matrices("dynamics", theta).F
+        F = _at_all_stages(model, model.matrices("dynamics", theta).F, len(z))
     else:
         F = along(model, jax.jacfwd(dynamics), theta, z)
     if model.terminal_cost is None:

@@ -466,9 +466,9 @@ def ilqr_box(
 
     Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it
     is minimised as well as the update would upset it, which near a solution is after every step,
-    and its penalty grows until each update closes nearly all of the gap. A step's model is quadratic
-    in pieces; where guessing the pieces that the rows will be on comes to no end, an interior-point
-    method finds the step.
+    and its penalty grows until each update closes nearly all of the gap. The model of a step is
+    quadratic in pieces; where guessing the pieces that the rows will be on comes to no end, an
+    interior-point method finds the step.
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.

@@ -69,7 +69,7 @@ def at_stage(array, rank: int, t):
 
 
 def checked(name: str, given: Quadratic | Affine, n: int, m: int, T: int) -> Quadratic | Affine:
-    """With all of its matrices, for every stage; C symmetric."""
+    """With all of its matrices, C symmetric. What all stages share is there once."""
     if isinstance(given, Affine):
         F = _shaped(f"{name}.F", given.F, (n, n + m), "n, n+m", T)
         f = jnp.zeros(n, F.dtype) if given.f is None else given.f
@@ -89,4 +89,4 @@ def _shaped(name: str, value, shape: tuple[int, ...], letters: str, T: int | Non
         if T is not None:
             expected = f"[T, {letters}] = {list(full)} or {expected}"
         raise ValueError(f"{name} must have shape {expected}, got {list(array.shape)}")
-    return jnp.broadcast_to(array, full)
+    return array

@@ -54,7 +54,7 @@ class Model(NamedTuple):
     batched: Any = False
 
     def matrices(self, name: str, theta: Theta):
-        """Those of a given function; of a batch, on every lane."""
+        """Those of a given function, for every stage or once for all; of a batch, on every lane."""
         given = theta["constants"][name]
         if not self.batch:
             return given

@@ -11,6 +11,8 @@ from helpers import assert_close
 from jaxmpc import Options, Status, ilqr_box, mpc_solve
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = 12
 
 

@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmpc import Options, Status, lqr_solve, mpc_solve
 from jaxmpc.systems import pendulum
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = 8
 PARAMS = pendulum.default_params()
 PARAMS = PARAMS._replace(cost=PARAMS.cost._replace(q=PARAMS.cost.q.at[-1].set(0.1)))
