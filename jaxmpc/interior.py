@@ -4,8 +4,8 @@
 
 along the linearized dynamics, z = (x, u), with ψ the augmented Lagrangian of a row (``augmented``).
 In place of ψ stands what it is the minimum of: a row g ≤ r + σ with the multiplier ν and the
-distance w from it, where r = (ν − μ) / ρ is the give of the multiplier's estimate, and σ ≥ 0 with
-the multiplier ζ the slack of a soft row. A bound of a control is a row without give. Each of the
+distance w from it, where r = (ν − μ) / ρ is how far the row gives way, and σ ≥ 0 with the
+multiplier ζ the slack of a soft row. A bound of a control is a row that does not give. Each of the
 pairs (w, ν) and (σ, ζ) is positive and has the product τ, which is lowered to nothing. What is left
 of a Newton step for that, with all but dz eliminated, is an LQR in which every row has a slope and
 a weight.
@@ -29,7 +29,8 @@ from jaxmpc.model import Prices, Rows
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
 _REDUCTION = 0.1  # of τ, by a full step
 _DIGITS = 0.9  # τ ends at this power of eps, relative to where it started
-_ACCURATE = 1e-3  # or with what the rows still cost at this share of the decrease
+# Or with what the rows still cost at this share of the decrease, and the linear equations met.
+_ACCURATE, _MET = 1e-3, 1e-2
 
 
 class Sides(NamedTuple):
@@ -37,10 +38,10 @@ class Sides(NamedTuple):
 
     g: Array  # at dz = 0
     mu: Array
-    give: Array  # 1/ρ; 0 for bounds
+    give: Array  # 1/ρ, by how much a row gives way to a unit of ν; 0 for bounds
     linear: Array  # the price of slack; 0 where there is none
     quadratic: Array
-    inequality: Array  # bool; an infinite bound is neither this nor an equality
+    inequality: Array  # bool; an infinite bound, or slack that is free, is neither of the two
     equality: Array
     soft: Array
 
@@ -62,6 +63,7 @@ class Interior(NamedTuple):
     variables: tuple[Variables, ...]  # of every kind of rows
     tau: Array
     last: Array  # the τ to end at
+    missed: Array  # the share of the linear equations that is still missed
 
 
 class Newton(NamedTuple):
@@ -78,7 +80,11 @@ def sides(g: Rows, penalty: Penalty, prices: Prices, low: Array, high: Array) ->
     def of_rows(g, mu, lower, linear, quadratic):
         soft, equality = jnp.isfinite(linear), lower < 0
         give = jnp.zeros_like(g) + 1 / penalty.rho
-        return Sides(g, mu, give, jnp.where(soft, linear, 0), quadratic, ~equality, equality, soft)
+        costly = ~soft | (linear > 0) | (quadratic > 0)
+        return Sides(
+            g, mu, give, jnp.where(soft, linear, 0), quadratic,
+            ~equality & costly, equality, soft & costly,
+        )  # fmt: skip
 
     kinds = zip(*map(jax.tree.leaves, (g, penalty.mu, *prices)), strict=True)
     bounds = jnp.concatenate([-high, low], axis=1)
@@ -99,15 +105,18 @@ def along(G: Rows, dx: Array, du: Array) -> tuple[Array, ...]:
     return *changes, jnp.concatenate([du, -du], axis=1)
 
 
-def start(sides: tuple[Sides, ...], dx: Array, du: Array, scale: Array, rho: Array) -> Interior:
-    """At dz = 0, with multipliers of the order of ``scale``; on the central path, but for bounds
-    and slack."""
-    finfo = jnp.finfo(dx.dtype)
+def start(sides: tuple[Sides, ...], x: Array, u: Array, scale: Array, rho: Array) -> Interior:
+    """At dz = 0, of the shapes of x and u, with multipliers of the order of ``scale``; on the
+    central path, but for bounds and slack."""
+    finfo = jnp.finfo(x.dtype)
     tau = jnp.maximum(0.1 * scale**2 / rho, float(finfo.tiny) ** 0.5)
 
     def variables(one: Sides):
         g, give = one.g, one.give
-        central = (jnp.sqrt((one.mu * give + g) ** 2 + 4 * give * tau) - one.mu * give - g) / 2
+        # w² + b w = give τ.
+        b = one.mu * give + g
+        root = (jnp.sqrt(b**2 + 4 * give * tau) + jnp.abs(b)) / 2
+        central = jnp.where(b > 0, give * tau / jnp.where(root > 0, root, 1), root)
         w = jnp.where(give > 0, central, jnp.maximum(-g, jnp.sqrt(tau)))
         w = jnp.maximum(w, float(finfo.tiny) ** 0.5)
         sigma = jnp.broadcast_to(jnp.sqrt(tau), g.shape)
@@ -115,7 +124,7 @@ def start(sides: tuple[Sides, ...], dx: Array, du: Array, scale: Array, rho: Arr
 
     last = tau * float(finfo.eps) ** _DIGITS
     each = tuple(variables(one) for one in sides)
-    return Interior(jnp.zeros_like(dx), jnp.zeros_like(du), each, tau, last)
+    return Interior(jnp.zeros_like(x), jnp.zeros_like(u), each, tau, last, jnp.ones_like(tau))
 
 
 def newton(one: Sides, at: Variables, moved: Array, tau: Array) -> Newton:
@@ -127,8 +136,10 @@ def newton(one: Sides, at: Variables, moved: Array, tau: Array) -> Newton:
     stiff = zeta + one.quadratic * sigma
     a = jnp.where(one.soft, (tau - sigma * (zeta + miss_zeta)) / stiff, 0)
     relax = jnp.where(one.soft, sigma / stiff, 0)
-    weight = 1 / (w / nu + one.give + relax)
-    slope = nu + weight * (tau / nu - w - miss_w - a)
+    # Without w / ν, which overflows where a bound is far away.
+    stiffness = w + nu * (one.give + relax)
+    weight = nu / stiffness
+    slope = nu + (tau - nu * (w + miss_w + a)) / stiffness
     rho = 1 / jnp.where(one.give > 0, one.give, 1)
     held = one.mu + rho * (one.g + moved)
 
@@ -173,11 +184,14 @@ def advance(
         dx=at.dx + alpha * (dx - at.dx),
         du=at.du + alpha * (du - at.du),
         variables=jax.tree.map(lambda v, dv: v + alpha * dv, at.variables, changes),
+        missed=at.missed * (1 - alpha),
     )
     pairs = lanes.sum_of(
-        _total(one.inequality.astype(int) + one.soft, at.tau.ndim) for one in sides
+        _total(kind.astype(at.tau.dtype), at.tau.ndim)
+        for one in sides
+        for kind in (one.inequality, one.soft)
     )
-    mean = gap(sides, to) / jnp.maximum(pairs, 1).astype(at.tau.dtype)
+    mean = gap(sides, to) / jnp.maximum(pairs, 1)
     return to._replace(tau=mean * jnp.minimum(1, 1 + _REDUCTION - alpha))
 
 
@@ -193,7 +207,8 @@ def gap(sides: tuple[Sides, ...], at: Interior) -> Array:
 
 def ended(sides: tuple[Sides, ...], at: Interior, decrease: Array) -> Array:
     """Whether the point is as near to the minimum as is worth while, or as rounding allows."""
-    return ~(at.tau > at.last) | (gap(sides, at) <= _ACCURATE * decrease)
+    near = (gap(sides, at) <= _ACCURATE * decrease) & (at.missed <= _MET)
+    return ~(at.tau > at.last) | near
 
 
 def _total(a: Array, batch_axes: int) -> Array:

@@ -31,7 +31,7 @@ from jaxmpc.steps import (
 )
 from jaxmpc.types import Options
 
-_ALMOST = 1e-2  # the share of the width between the bounds that is next to one
+_ALMOST = 1e-2  # of the size of a control, or the width of its bounds: so near is next to one
 _MAX_GUESSES = 4  # of the pieces
 _MAX_INTERIOR = 20  # steps of the interior-point method
 
@@ -52,7 +52,7 @@ class _Solved(NamedTuple):
     used: Factors
     slope: Array
     bend: Array
-    exact: Factors  # those with the exact Hessian
+    exact: Factors  # those with the Hessian that was tried first
     fine: Array  # which was good enough
 
 
@@ -91,8 +91,11 @@ def propose(
         held,
     )
 
-    def solve(c, c_final, box: _Box, squares: Callable, curved: Any = True) -> _Solved:
-        """``squares`` adds to a Hessian; the exact one is tried where ``curved``."""
+    def solve(
+        c, c_final, box: _Box, squares: Callable, curved: Any = True, inside: Any = False
+    ) -> _Solved:
+        """``squares`` adds to a Hessian, and ``inside`` it regularizes it, too; the exact one is
+        tried where ``curved``."""
         convex, exact = squares(expanded.C, expanded.C_final), squares(H, H_final)
         if options.hessian != "exact":
             curved = certify
@@ -101,7 +104,7 @@ def propose(
         def recursion(hessian, final):
             return backward_pass(
                 hessian, expanded.F, c, final, c_final, *box,
-                jnp.where(certify, 0, regularization), certify,
+                jnp.where(certify | inside, 0, regularization), certify,
             )  # fmt: skip
 
         with_exact = recursion(*exact)
@@ -120,7 +123,9 @@ def propose(
         solved = solve(first.c, first.c_final, box, lambda C, C_final: (C, C_final))
         inside = jnp.zeros_like(certify)
     else:
-        solved, inside = _with_rows(data, point, here, expanded, rho, certify, box, solve)
+        solved, inside = _with_rows(
+            data, point, here, expanded, rho, regularization, certify, box, solve
+        )
     d, free, used, slope, bend, factors, _ = solved
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
@@ -130,22 +135,22 @@ def propose(
 
 
 def _reach(data: Data, u: Array, here: Assessment, target: Array) -> Array:
-    """From how far away a control goes to its bound with any step, if the gradient holds it there.
+    """From how far away a control goes all the way to its bound, if the gradient holds it there.
 
     With a share of every step it would come nearer for ever, and count as free all the way
     (Bertsekas 1982, Projected Newton methods for optimization problems with simple constraints).
     """
     lower, upper = data.u_lower, data.u_upper
-    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, jnp.maximum(1, jnp.abs(u)))
+    width = jnp.minimum(upper - lower, jnp.max(jnp.abs(u), axis=0))
     outward = jnp.where(here.gradient > 0, target == lower, target == upper)
     return jnp.where(outward, _ALMOST * width, 0)
 
 
 class _Search(NamedTuple):
-    """For the pieces."""
+    """For the minimum of the model: by guesses of the pieces, or in the interior."""
 
-    pieces: tuple[Rows, Rows]
-    inside: Array  # by the interior-point method, for the guesses came to no end
+    pieces: tuple[Rows, Rows]  # the guess
+    inside: Array  # bool: the guesses came to no end
     at: Interior
     curved: Array  # with the exact Hessian; once it is not good enough, never again
     exact: Factors  # of the last guess
@@ -160,6 +165,7 @@ def _with_rows(
     here: Assessment,
     expanded: Expansion,
     rho: Array,
+    regularization: Array,
     certify: Array,
     box: _Box,
     solve: Callable[..., _Solved],
@@ -192,7 +198,11 @@ def _with_rows(
         *weights, of_bounds = (s.weight for s in steps)
         c, c_final = gradient(_as_rows(G, slopes))
         c = c.at[:, n:].add(bounds[:, :m] - bounds[:, m:])
-        return _Terms(c, c_final, _as_rows(G, weights), of_bounds[:, :m] + of_bounds[:, m:])
+        # Relative to the cost alone, for the weights of the bounds grow without limit.
+        size = jnp.abs(jax.vmap(lanes.diagonal)(expanded.C))
+        size = jnp.where(size[:, n:] > 0, size[:, n:], jnp.max(size, axis=(0, 1)))
+        weight = of_bounds[:, :m] + of_bounds[:, m:] + regularization * size
+        return _Terms(c, c_final, _as_rows(G, weights), weight)
 
     def minimum(pieces, inside, at: Interior, curved) -> tuple[_Solved, Array, Array, Any]:
         """Of the model, and where it is; and the Newton steps of the interior."""
@@ -211,9 +221,9 @@ def _with_rows(
         around = _Box(
             jnp.where(inside, jnp.where(pinned, 0, -jnp.inf), box.low),
             jnp.where(inside, jnp.where(pinned, 0, jnp.inf), box.high),
-            box.held & ~inside,
+            jnp.where(inside, pinned, box.held),
         )
-        solved = solve(terms.c, terms.c_final, around, squares, curved)
+        solved = solve(terms.c, terms.c_final, around, squares, curved, inside)
 
         def advance(dx, now):
             F, d, K, low, high = now
@@ -239,6 +249,9 @@ def _with_rows(
         )
         settled |= s.inside
         after = interior.advance(sides, s.at, steps, G, dx, du)
+        curved = s.curved & (solved.fine | ~s.inside)
+        # With another Hessian the conditions are others.
+        after = after._replace(missed=jnp.where(curved == s.curved, after.missed, 1))
         # The recursion's slope at the point is not that of the objective.
         slope = jnp.sum(first.c * jnp.concatenate([after.dx[:-1], after.du], axis=1), axis=(0, 1))
         slope += lanes.dot(first.c_final, after.dx[-1])
@@ -248,7 +261,7 @@ def _with_rows(
             slope=slope,
             bend=-slope / 2,
         )
-        ended = interior.ended(sides, after, -slope)
+        ended = interior.ended(sides, after, -slope / 2)
         open = s.open & jnp.where(s.inside, ~ended, ~settled)
         enters = open & ~s.inside & (s.tries + 1 >= _MAX_GUESSES)
         pieces = select(open & ~s.inside, there, s.pieces)
@@ -256,7 +269,7 @@ def _with_rows(
             pieces=pieces,
             inside=s.inside | enters,
             at=select(s.inside & open, after, select(enters, at_first(pieces), s.at)),
-            curved=s.curved & (solved.fine | ~s.inside),
+            curved=curved,
             exact=select(s.inside, s.exact, solved.exact),
             solved=select(s.inside, inner, solved),
             open=open,
@@ -268,7 +281,7 @@ def _with_rows(
             augmented.largest(jax.tree.map(jnp.abs, state.multiplier))
             for state in (here.rows, augmented.on_pieces(point.g, penalty, prices, *pieces))
         )
-        return interior.start(sides, point.x, point.u, jnp.where(now > 0, now, then), penalty.rho)
+        return interior.start(sides, point.x, point.u, jnp.maximum(now, then), penalty.rho)
 
     local = here.rows.active, here.rows.beyond
     at = at_first(local)

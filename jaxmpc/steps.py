@@ -32,10 +32,11 @@ class Iterate(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A proposal: u + α (target − u) + K dx, clipped to the bounds."""
+    """A proposal: u + α (target − u) + K dx, clipped to the bounds; target + K dx where the target
+    is nearer than α reach."""
 
     target: Array  # [T, m]
-    reach: Array  # [T, m], with α = 1 where α times this is as far as the target
+    reach: Array  # [T, m]
     K: Array  # [T, m, n]
     slope: Array  # the predicted change of the objective is α slope + α² bend
     bend: Array
@@ -138,7 +139,7 @@ def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) ->
     def advance(x_new, stage):
         u, target, reach, K, x, lower, upper, now = stage
         # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
-        there = (alpha == 1) | (jnp.abs(target - u) <= alpha * reach)
+        there = (alpha == 1) | (jnp.abs(target - u) < alpha * reach)
         straight = jnp.where(there, target, u + alpha * (target - u))
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
         return transit(x_new, u_new, now), (x_new, u_new)
