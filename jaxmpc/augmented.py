@@ -183,15 +183,9 @@ def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: R
     return RowState(jax.tree.map(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
 
 
-def predicted(
-    g: Rows, penalty: Penalty, prices: Prices, G: Rows, dx: Array, du: Array
-) -> tuple[Rows, Rows]:
+def predicted(g: Rows, penalty: Penalty, prices: Prices, change: Rows) -> tuple[Rows, Rows]:
     """The pieces that the rows will be on after a small step."""
-    dz = jnp.concatenate([dx[:-1], du], axis=1)
-    stage, final = g
-    stage = None if stage is None else stage + jax.vmap(lanes.matvec)(G.stage, dz)
-    final = None if final is None else final + lanes.matvec(G.final, dx[-1])
-    return _pieces(Rows(stage, final), penalty, prices)
+    return _pieces(jax.tree.map(jnp.add, g, change), penalty, prices)
 
 
 def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:

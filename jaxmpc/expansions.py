@@ -223,6 +223,16 @@ def hessians(
     return H, H_final
 
 
+def along_rows(G: Rows, dx: Array, du: Array) -> Rows:
+    """G dz: the change of every row with dx [T+1, n] and du [T, m]."""
+    stage = final = None
+    if G.stage is not None:
+        stage = jax.vmap(lanes.matvec)(G.stage, jnp.concatenate([dx[:-1], du], axis=1))
+    if G.final is not None:
+        final = lanes.matvec(G.final, dx[-1])
+    return Rows(stage, final)
+
+
 @lanes.any_rank
 def add_pull(c: Array, c_final: Array, G: Rows, weights: Rows) -> tuple[Array, Array]:
     """c + Gᵀ w, at the stages and at the end."""

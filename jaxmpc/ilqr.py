@@ -17,22 +17,11 @@ from jaxmpc import augmented, lanes, problem, rows, validation
 from jaxmpc.assessment import Assessment, all_finite, assess, tolerances
 from jaxmpc.augmented import RowState
 from jaxmpc.batching import batchwise
-from jaxmpc.expansions import (
-    Expansion,
-    expand,
-    hessians,
-)
+from jaxmpc.expansions import Expansion, expand, hessians
 from jaxmpc.model import Data, Model, Rows
 from jaxmpc.proposals import along_negative_curvature, propose
 from jaxmpc.riccati import Factors
-from jaxmpc.steps import (
-    Iterate,
-    definite_threshold,
-    iterate,
-    line_search,
-    rounding,
-    select,
-)
+from jaxmpc.steps import Iterate, definite_threshold, iterate, line_search, rounding, select
 from jaxmpc.turns import in_turns
 from jaxmpc.types import Constraints, Options, Solution, Status
 

@@ -24,6 +24,7 @@ from jax import Array
 
 from jaxmpc import lanes
 from jaxmpc.augmented import Penalty
+from jaxmpc.expansions import along_rows
 from jaxmpc.model import Prices, Rows
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
@@ -96,13 +97,7 @@ def sides(g: Rows, penalty: Penalty, prices: Prices, low: Array, high: Array) ->
 
 def along(G: Rows, dx: Array, du: Array) -> tuple[Array, ...]:
     """The change of every kind of rows with dz."""
-    changes = []
-    if G.stage is not None:
-        dz = jnp.concatenate([dx[:-1], du], axis=1)
-        changes.append(jax.vmap(lanes.matvec)(G.stage, dz))
-    if G.final is not None:
-        changes.append(lanes.matvec(G.final, dx[-1]))
-    return *changes, jnp.concatenate([du, -du], axis=1)
+    return *jax.tree.leaves(along_rows(G, dx, du)), jnp.concatenate([du, -du], axis=1)
 
 
 def start(sides: tuple[Sides, ...], x: Array, u: Array, scale: Array, rho: Array) -> Interior:

@@ -165,7 +165,7 @@ def last(fn, sizes):
 
 def width(bytes_each: int) -> int:
     """How many problems to work on at once: on the CPU, so many that a matrix of each of them
-    fits into the first cache."""
+    fits into the first cache, a power of two from 16 to 128; elsewhere, any number."""
     if jax.default_backend() != "cpu":
         return 1 << 30
     return min(128, max(16, 1 << max(1, _CACHE // bytes_each).bit_length() - 1))

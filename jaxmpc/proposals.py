@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxmpc import augmented, interior, lanes
 from jaxmpc.assessment import Assessment
-from jaxmpc.expansions import Expansion, add_pull, add_squares
+from jaxmpc.expansions import Expansion, add_pull, add_squares, along_rows
 from jaxmpc.interior import Interior
 from jaxmpc.model import Data, Rows
 from jaxmpc.riccati import Factors
@@ -191,8 +191,7 @@ def _with_rows(
         weights = augmented.weights(state, rho, prices, certify)
         return _Terms(*gradient(state.multiplier), weights, jnp.zeros_like(point.u))
 
-    def of_interior(at: Interior, steps) -> _Terms:
-        moved = interior.along(G, at.dx, at.du)
+    def of_interior(moved, steps) -> _Terms:
         # The slopes at dz = 0.
         *slopes, bounds = (s.slope - s.weight * g for s, g in zip(steps, moved, strict=True))
         *weights, of_bounds = (s.weight for s in steps)
@@ -211,7 +210,7 @@ def _with_rows(
             interior.newton(one, variables, g, at.tau)
             for one, variables, g in zip(sides, at.variables, moved, strict=True)
         )
-        terms = select(inside, of_interior(at, steps), of_pieces(pieces))
+        terms = select(inside, of_interior(moved, steps), of_pieces(pieces))
 
         def squares(C, C_final):
             C, C_final = add_squares(C, C_final, G, terms.weights)
@@ -241,7 +240,7 @@ def _with_rows(
 
     def improve(s: _Search) -> _Search:
         solved, dx, du, steps = minimum(s.pieces, s.inside, s.at, s.curved)
-        there = augmented.predicted(point.g, penalty, prices, G, dx, du)
+        there = augmented.predicted(point.g, penalty, prices, along_rows(G, dx, du))
         there = select(certify, (here.rows.active, here.rows.beyond), there)
         differs = jax.tree.leaves(jax.tree.map(jnp.not_equal, there, s.pieces))
         settled = functools.reduce(

@@ -317,7 +317,7 @@ def drone_terminal_cost(x, params):
     return near + 2.5 * (x[3] ** 2 + x[4] ** 2 + x[5] ** 2)
 
 
-# Limits so tight that nearly every change of a control is at one.
+# Limits so tight that the plan is at one of them a fifth to a third of the time.
 SLEW = Problem(
     cost=drone_cost,
     dynamics=drone_dynamics,

@@ -154,7 +154,7 @@ def test_plans_and_multipliers_are_those_of_ipopt(name):
     assert ("paid" in kinds) == any(key in problem.inputs for key in ("slack", "terminal_slack"))
 
 
-def test_limits_of_the_rate_that_bind_nearly_everywhere():
+def test_tight_limits_of_the_rate():
     problem = PROBLEMS["slew"]
     run = jax.jit(jax.vmap(lambda x: solve(problem, jax.tree.map(jnp.asarray, problem.at(x)))))
     solutions = run(jnp.asarray(problem.x_init))

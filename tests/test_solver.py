@@ -524,7 +524,7 @@ def test_a_control_that_creeps_up_to_its_bound_gets_there():
 
 
 def test_a_short_step_next_to_a_bound_still_reaches_it():
-    """Random networks on whose minima shortened steps used to halve the distance, for ever."""
+    """Random networks on whose minima shortened steps used to halve the distance, 300 times."""
 
     def dynamics(x, u, t, params):
         return x + 0.25 * jnp.tanh(jnp.concatenate([x, u]) @ params["into"]) @ params["out"]
