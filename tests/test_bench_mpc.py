@@ -37,7 +37,7 @@ def test_every_row_says_what_was_measured_and_how(study):
 
 
 def test_jaxmpc_converges_and_its_residual_is_small(study):
-    rows = [row for row in study[1] if row["contender"] == "jaxmpc"]
+    rows = [row for row in study[1] if row["contender"].startswith("jaxmpc")]
     assert "forward + gradient" in {row["work"] for row in rows}
     for row in rows:
         assert row["status"] == {"CONVERGED": 1.0}
@@ -49,7 +49,7 @@ def test_jaxmpc_converges_and_its_residual_is_small(study):
 def test_an_absent_peer_is_said_to_be_absent(study):
     name, rows, output = study
     reason = "left out (--no-peers)" if name == "mpc" else peers.ABSENT
-    others = [row for row in rows if row["contender"] != "jaxmpc"]
+    others = [row for row in rows if not row["contender"].startswith("jaxmpc")]
     expected = {"mpc.pytorch", "acados"} if name == "mpc" else {"mpc.pytorch", "HPIPM"}
     assert {row["contender"] for row in others} >= expected
     for row in others:
