@@ -47,13 +47,13 @@ def assess(data: Data, point: Iterate, expanded: Expansion) -> Assessment:
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
     stationary = relative = residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1)))
     kkt_residual = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
-    # What these do not show to be finite enters none of the others.
-    shown = [point.x, point.costs, first.c, expanded.F, first.costate]
+    # What is not finite in F, c or G makes the gradients so, be it multiplied by 0.
+    shown = [point.x, point.costs, first.costate, gradient]
     if gap is not None:
         size = jnp.maximum(1, augmented.size(expanded.G, point.x, u))
         relative = jnp.maximum(stationary, gap / size)
         kkt_residual = jnp.maximum(kkt_residual, gap)
-        shown += jax.tree.leaves((point.g, expanded.G))
+        shown += jax.tree.leaves(point.g)
     return Assessment(
         first=first,
         gradient=gradient,

@@ -9,7 +9,6 @@ of the batch alone, and NumPy's broadcasting aligns them with every array.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +93,14 @@ def sum_of(terms) -> Array:
 
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
-    inner = math.prod(a.shape[1:axes])
-    if 1 < inner <= _MAX_TERMS**2:
-        # Written out, for a reduction goes through one lane after the other.
-        a = a.reshape(a.shape[0], inner, *a.shape[axes:])
-        a, axes = functools.reduce(jnp.logical_and, (a[:, i] for i in range(inner))), 1
-    return jnp.all(a, axis=tuple(range(axes)))
+    for axis in range(axes - 1, 0, -1):
+        if 0 < a.shape[axis] <= _MAX_TERMS:
+            # Written out, for a reduction goes through one lane after the other.
+            each = (jax.lax.index_in_dim(a, i, axis, False) for i in range(a.shape[axis]))
+            a = functools.reduce(jnp.logical_and, each)
+        else:
+            a = jnp.all(a, axis=axis)
+    return jnp.all(a, axis=0)
 
 
 def transpose(A: Array) -> Array:

@@ -18,7 +18,7 @@ from jaxmpc import augmented, interior, lanes
 from jaxmpc.assessment import Assessment
 from jaxmpc.expansions import Expansion, add_pull, add_squares, along_rows
 from jaxmpc.interior import Interior
-from jaxmpc.model import Data, Rows
+from jaxmpc.model import Data, Prices, Rows
 from jaxmpc.riccati import Factors
 from jaxmpc.steps import (
     Iterate,
@@ -123,9 +123,12 @@ def propose(
         solved = solve(first.c, first.c_final, box, lambda C, C_final: (C, C_final))
         inside = jnp.zeros_like(certify)
     else:
-        solved, inside = _with_rows(
-            data, point, here, expanded, rho, regularization, certify, box, solve
-        )
+        low, high = lower - u, upper - u
+        sides = interior.sides(point.g, point.penalty, data.prices, low, high)
+        solved, inside = _RowModel(
+            point, here, expanded, data.prices, rho, regularization, certify,
+            low, high, box, sides, solve,
+        ).search()  # fmt: skip
     d, free, used, slope, bend, factors, _ = solved
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
@@ -159,70 +162,96 @@ class _Search(NamedTuple):
     tries: Array
 
 
-def _with_rows(
-    data: Data,
-    point: Iterate,
-    here: Assessment,
-    expanded: Expansion,
-    rho: Array,
-    regularization: Array,
-    certify: Array,
-    box: _Box,
-    solve: Callable[..., _Solved],
-) -> tuple[_Solved, Array]:
-    """The step of the augmented Lagrangian's model, and whether the interior-point method found it.
+class _Minimum(NamedTuple):
+    """Of a model that is quadratic."""
 
-    That is quadratic in pieces: rows become active on the way and others cease to be. So the
-    pieces are guessed, at first as those of the point, and corrected by what they lead to, a
-    semismooth Newton iteration, which near a solution ends with the first. If it comes to no end,
-    the interior-point method takes over.
-    """
-    G, penalty, prices = expanded.G, point.penalty, data.prices
-    m, n = point.u.shape[1], point.x.shape[1]
-    low, high = data.u_lower - point.u, data.u_upper - point.u
-    sides = interior.sides(point.g, penalty, prices, low, high)
-    first, no = here.first, jnp.zeros_like(certify)
+    solved: _Solved
+    dx: Array  # [T+1, n]
+    du: Array  # [T, m]
+    steps: tuple[interior.Newton, ...]  # that led there, in the interior
 
-    def gradient(slopes: Rows) -> tuple[Array, Array]:
-        return add_pull(expanded.c, expanded.c_final, G, slopes)
 
-    def of_pieces(pieces) -> _Terms:
-        state = augmented.on_pieces(point.g, penalty, prices, *pieces)
-        weights = augmented.weights(state, rho, prices, certify)
-        return _Terms(*gradient(state.multiplier), weights, jnp.zeros_like(point.u))
+class _RowModel(NamedTuple):
+    """The augmented Lagrangian's model of a step, which is quadratic in pieces: rows become active
+    on the way, and others cease to be."""
 
-    def of_interior(moved, steps) -> _Terms:
-        # The slopes at dz = 0.
-        *slopes, bounds = (s.slope - s.weight * g for s, g in zip(steps, moved, strict=True))
-        *weights, of_bounds = (s.weight for s in steps)
-        c, c_final = gradient(_as_rows(G, slopes))
-        c = c.at[:, n:].add(bounds[:, :m] - bounds[:, m:])
-        # Relative to the cost alone, for the weights of the bounds grow without limit.
-        size = jnp.abs(jax.vmap(lanes.diagonal)(expanded.C))
-        size = jnp.where(size[:, n:] > 0, size[:, n:], jnp.max(size, axis=(0, 1)))
-        weight = of_bounds[:, :m] + of_bounds[:, m:] + regularization * size
-        return _Terms(c, c_final, _as_rows(G, weights), weight)
+    point: Iterate
+    here: Assessment
+    expanded: Expansion
+    prices: Prices
+    rho: Array
+    regularization: Array
+    certify: Array
+    low: Array  # [T, m], of the change of the controls
+    high: Array
+    box: _Box
+    sides: tuple[interior.Sides, ...]
+    solve: Callable[..., _Solved]
 
-    def minimum(pieces, inside, at: Interior, curved) -> tuple[_Solved, Array, Array, Any]:
-        """Of the model, and where it is; and the Newton steps of the interior."""
+    def search(self) -> tuple[_Solved, Array]:
+        """The step, and whether the interior-point method found it.
+
+        The pieces are guessed, at first as those of the point, and corrected by what they lead to,
+        a semismooth Newton iteration, which near a solution ends with the first. If it comes to no
+        end, the interior-point method takes over.
+        """
+        pieces, no = self.pieces_here(), jnp.zeros_like(self.certify)
+        at, tries = self.enter(pieces), jnp.int32(0)
+        shape = jax.eval_shape(lambda: self.minimum(pieces, no, at, ~no).solved)
+        solved = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+        begin = _Search(pieces, no, at, ~no, solved.exact, solved, ~no, tries)
+        end = lax.while_loop(
+            lambda s: jnp.any(s.open) & (s.tries < _MAX_GUESSES + _MAX_INTERIOR),
+            self.improve,
+            begin,
+        )
+        return end.solved._replace(exact=end.exact), end.inside
+
+    def improve(self, s: _Search) -> _Search:
+        """The next guess, or the next step in the interior."""
+        found = self.minimum(s.pieces, s.inside, s.at, s.curved)
+        there = self.pieces_at(found)
+        differs = jax.tree.leaves(jax.tree.map(jnp.not_equal, there, s.pieces))
+        ends = (lanes.every(~a, a.ndim - s.open.ndim) for a in differs)
+        settled = functools.reduce(jnp.logical_and, ends)
+        after, curved, inner = self.step_inside(s, found)
+        ended = interior.ended(self.sides, after, inner.bend)
+        open = s.open & jnp.where(s.inside, ~ended, ~settled)
+        enters = open & ~s.inside & (s.tries + 1 >= _MAX_GUESSES)
+        pieces = select(open & ~s.inside, there, s.pieces)
+        return _Search(
+            pieces=pieces,
+            inside=s.inside | enters,
+            at=select(s.inside & open, after, select(enters, self.enter(pieces), s.at)),
+            curved=curved,
+            exact=select(s.inside, s.exact, found.solved.exact),
+            solved=select(s.inside, inner, found.solved),
+            open=open,
+            tries=s.tries + 1,
+        )
+
+    def minimum(self, pieces, inside, at: Interior, curved) -> _Minimum:
+        """Of the model on these pieces, or of that of a Newton step in the interior."""
+        G, F, box = self.expanded.G, self.expanded.F, self.box
+        n = self.point.x.shape[1]
         moved = interior.along(G, at.dx, at.du)
         steps = tuple(
             interior.newton(one, variables, g, at.tau)
-            for one, variables, g in zip(sides, at.variables, moved, strict=True)
+            for one, variables, g in zip(self.sides, at.variables, moved, strict=True)
         )
-        terms = select(inside, of_interior(moved, steps), of_pieces(pieces))
+        terms = select(inside, self.terms_inside(moved, steps), self.terms_on(pieces))
 
         def squares(C, C_final):
             C, C_final = add_squares(C, C_final, G, terms.weights)
             return C.at[:, n:, n:].add(jax.vmap(lanes.diagonal_matrix)(terms.bounds)), C_final
 
-        pinned = low == high
+        pinned = self.low == self.high
         around = _Box(
             jnp.where(inside, jnp.where(pinned, 0, -jnp.inf), box.low),
             jnp.where(inside, jnp.where(pinned, 0, jnp.inf), box.high),
             jnp.where(inside, pinned, box.held),
         )
-        solved = solve(terms.c, terms.c_final, around, squares, curved, inside)
+        solved = self.solve(terms.c, terms.c_final, around, squares, curved, inside)
 
         def advance(dx, now):
             F, d, K, low, high = now
@@ -230,24 +259,62 @@ def _with_rows(
             du = jnp.where(inside, du, jnp.clip(du, low, high))
             return lanes.matvec(F[:, :n], dx) + lanes.matvec(F[:, n:], du), (dx, du)
 
-        stages = expanded.F, solved.d, solved.used.K, low, high
-        dx_final, (dx, du) = lax.scan(advance, jnp.zeros_like(point.x[0]), stages)
-        dx = jnp.concatenate([dx, dx_final[None]])
-        return solved, dx, du, steps
+        stages = F, solved.d, solved.used.K, self.low, self.high
+        dx_final, (dx, du) = lax.scan(advance, jnp.zeros_like(self.point.x[0]), stages)
+        return _Minimum(solved, jnp.concatenate([dx, dx_final[None]]), du, steps)
 
-    def unsettled(s: _Search):
-        return jnp.any(s.open) & (s.tries < _MAX_GUESSES + _MAX_INTERIOR)
+    # On pieces.
 
-    def improve(s: _Search) -> _Search:
-        solved, dx, du, steps = minimum(s.pieces, s.inside, s.at, s.curved)
-        there = augmented.predicted(point.g, penalty, prices, along_rows(G, dx, du))
-        there = select(certify, (here.rows.active, here.rows.beyond), there)
-        differs = jax.tree.leaves(jax.tree.map(jnp.not_equal, there, s.pieces))
-        settled = functools.reduce(
-            jnp.logical_and, (lanes.every(~a, a.ndim - no.ndim) for a in differs)
+    def pieces_here(self) -> tuple[Rows, Rows]:
+        return self.here.rows.active, self.here.rows.beyond
+
+    def pieces_at(self, found: _Minimum) -> tuple[Rows, Rows]:
+        change = along_rows(self.expanded.G, found.dx, found.du)
+        there = augmented.predicted(self.point.g, self.point.penalty, self.prices, change)
+        return select(self.certify, self.pieces_here(), there)
+
+    def on(self, pieces) -> augmented.RowState:
+        return augmented.on_pieces(self.point.g, self.point.penalty, self.prices, *pieces)
+
+    def terms_on(self, pieces) -> _Terms:
+        state = self.on(pieces)
+        weights = augmented.weights(state, self.rho, self.prices, self.certify)
+        return _Terms(*self.gradient(state.multiplier), weights, jnp.zeros_like(self.point.u))
+
+    def gradient(self, slopes: Rows) -> tuple[Array, Array]:
+        return add_pull(self.expanded.c, self.expanded.c_final, self.expanded.G, slopes)
+
+    # In the interior.
+
+    def enter(self, pieces) -> Interior:
+        now, then = (
+            augmented.largest(jax.tree.map(jnp.abs, state.multiplier))
+            for state in (self.here.rows, self.on(pieces))
         )
-        settled |= s.inside
-        after = interior.advance(sides, s.at, steps, G, dx, du)
+        x, u, rho = self.point.x, self.point.u, self.point.penalty.rho
+        return interior.start(self.sides, x, u, jnp.maximum(now, then), rho)
+
+    def terms_inside(self, moved, steps) -> _Terms:
+        m, n = self.point.u.shape[1], self.point.x.shape[1]
+        # The slopes at dz = 0.
+        *slopes, bounds = (s.slope - s.weight * g for s, g in zip(steps, moved, strict=True))
+        *weights, of_bounds = (s.weight for s in steps)
+        c, c_final = self.gradient(self.as_rows(slopes))
+        c = c.at[:, n:].add(bounds[:, :m] - bounds[:, m:])
+        # Relative to the cost alone, for the weights of the bounds grow without limit.
+        size = jnp.abs(jax.vmap(lanes.diagonal)(self.expanded.C))
+        size = jnp.where(size[:, n:] > 0, size[:, n:], jnp.max(size, axis=(0, 1)))
+        weight = of_bounds[:, :m] + of_bounds[:, m:] + self.regularization * size
+        return _Terms(c, c_final, self.as_rows(weights), weight)
+
+    def as_rows(self, parts) -> Rows:
+        parts = iter(parts)
+        return Rows(*(None if g is None else next(parts) for g in self.expanded.G))
+
+    def step_inside(self, s: _Search, found: _Minimum) -> tuple[Interior, Array, _Solved]:
+        """The next point, whether the exact Hessian is still to be used, and the step so far."""
+        solved, first = found.solved, self.here.first
+        after = interior.advance(self.sides, s.at, found.steps, self.expanded.G, found.dx, found.du)
         curved = s.curved & (solved.fine | ~s.inside)
         # With another Hessian the conditions are others.
         after = after._replace(missed=jnp.where(curved == s.curved, after.missed, 1))
@@ -260,40 +327,7 @@ def _with_rows(
             slope=slope,
             bend=-slope / 2,
         )
-        ended = interior.ended(sides, after, -slope / 2)
-        open = s.open & jnp.where(s.inside, ~ended, ~settled)
-        enters = open & ~s.inside & (s.tries + 1 >= _MAX_GUESSES)
-        pieces = select(open & ~s.inside, there, s.pieces)
-        return _Search(
-            pieces=pieces,
-            inside=s.inside | enters,
-            at=select(s.inside & open, after, select(enters, at_first(pieces), s.at)),
-            curved=curved,
-            exact=select(s.inside, s.exact, solved.exact),
-            solved=select(s.inside, inner, solved),
-            open=open,
-            tries=s.tries + 1,
-        )
-
-    def at_first(pieces) -> Interior:
-        now, then = (
-            augmented.largest(jax.tree.map(jnp.abs, state.multiplier))
-            for state in (here.rows, augmented.on_pieces(point.g, penalty, prices, *pieces))
-        )
-        return interior.start(sides, point.x, point.u, jnp.maximum(now, then), penalty.rho)
-
-    local = here.rows.active, here.rows.beyond
-    at = at_first(local)
-    solved = jax.eval_shape(lambda: minimum(local, no, at, ~no)[0])
-    solved = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), solved)
-    begin = _Search(local, no, at, ~no, solved.exact, solved, ~no, jnp.int32(0))
-    end = lax.while_loop(unsettled, improve, begin)
-    return end.solved._replace(exact=end.exact), end.inside
-
-
-def _as_rows(G: Rows, parts) -> Rows:
-    parts = iter(parts)
-    return Rows(*(None if g is None else next(parts) for g in G))
+        return after, curved, inner
 
 
 def along_negative_curvature(

@@ -76,6 +76,25 @@ def masked_inverse(Q, free, scale):
     return jnp.where(both, -A, 0), smallest
 
 
+def smallest_pivot(Q, free, scale):
+    """The one that ``masked_inverse`` finds, without the inverse."""
+    m = free.shape[0]
+    if not 1 < m <= _MAX_UNROLLED:
+        return masked_inverse(Q, free, scale)[1]
+    both = free[:, None] & free[None, :]
+    A = jnp.where(both, Q, lanes.identity(m, both.ndim - 2).astype(Q.dtype))
+    relative = jnp.where(free, 1 / scale, 1)
+
+    def eliminate(A):
+        return A[1:, 1:] - A[1:, 0, None] * (A[0, 1:] / A[0, 0])
+
+    pivots = []
+    for _ in range(m):
+        pivots.append(A[0, 0])
+        A = lanes.materialize(eliminate, A)
+    return jnp.min(jnp.stack(pivots) * relative, axis=0)
+
+
 def _sweep(A, k):
     here = (jnp.arange(A.shape[0]) == k).reshape((-1,) + (1,) * (A.ndim - 1))
     row, column = here, here.reshape((1, -1) + (1,) * (A.ndim - 2))
@@ -105,12 +124,9 @@ def quadratic_form(C, F, V):
 def value_hessian(Q, K, n):
     """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
 
-    def combine(Q, K, half):
-        V = Q[:n, :n] + lanes.matmul_t(half, K) + lanes.matmul_t(K, half)
-        return (V + lanes.transpose(V)) * 0.5
-
     half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
-    return lanes.materialize(combine, Q, K, half)
+    S = lanes.materialize(lambda Q, K, half: Q[:n, :n] * 0.5 + lanes.matmul_t(half, K), Q, K, half)
+    return lanes.materialize(lambda S: S + lanes.transpose(S), S)
 
 
 def riccati_stage(C, F, free, V):

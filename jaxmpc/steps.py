@@ -14,7 +14,7 @@ from jaxmpc.augmented import Penalty
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
 from jaxmpc.model import Data, Model
-from jaxmpc.riccati import Factors, gains, masked_inverse, quadratic_form, value_hessian
+from jaxmpc.riccati import Factors, gains, quadratic_form, smallest_pivot, value_hessian
 
 _MAX_TRIES = 6  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
@@ -67,8 +67,10 @@ def backward_pass(
     threshold = definite_threshold(F.dtype)
 
     def convexify(Quu, low, high, held, size):
-        _, whole = masked_inverse(Quu, held | ~held, size)
-        _, curvature = masked_inverse(Quu, ~held, size)
+        # Both at once: of all controls, and of those that are not held.
+        sets = jnp.stack([held | ~held, ~held], axis=1)
+        pivots = smallest_pivot(Quu[:, :, None], sets, size[:, None])
+        whole, curvature = pivots[0], pivots[1]
         stay = held & ~certify & ~(whole > threshold)
         # Gershgorin's bound on the smallest eigenvalue; for one control the shift gives |Q_uu|.
         diagonal = lanes.diagonal(Quu)
