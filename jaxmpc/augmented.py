@@ -39,7 +39,7 @@ _FALL, _MAX_FALLS = 3.0, 4  # and falls so often, lest the two alternate
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
 # ρ at most, relative to that curvature: what is needed to come near at all; and near, what leaves
 # the digits to tell the two apart, a power of eps.
-_LARGEST, _DIGITS = 3e4, 0.4
+_LARGEST, _DIGITS = 1e6, 0.4
 _ROUNDING = 16  # a residual of so many roundings is not worth another step
 _STALLED = 0.95  # an update that leaves more than this share of the gap has not helped
 _PATIENCE = 3  # so many in a row with the largest ρ

@@ -295,17 +295,14 @@ def _update_multipliers(
     # Before ρ is raised, the gap must be that of the multipliers, not of the minimisation.
     raised = penalty.rho > point.penalty.rho
     share = jnp.where(raised, _MINIMISED**2, _MINIMISED)
-    change = (after.gradient - here.gradient) * (point.penalty.rho / penalty.rho)
-    upset = jnp.max(jnp.where(after.held, 0, jnp.abs(here.gradient + change)), axis=(0, 1))
+    change = after.gradient - here.gradient
+    upset = here.gradient + change * (point.penalty.rho / penalty.rho)
+    upset = jnp.max(jnp.where(after.held, 0, jnp.abs(upset)), axis=(0, 1))
     minimised = (here.stationary <= tolerance) | settled | drowned
     minimised |= (here.stationary <= _NEAR) & (here.residual <= share * upset)
-    infeasible = (
-        may
-        & minimised
-        & augmented.hopeless(
-            penalty, expanded, after.gradient - here.gradient, here.gap, data, point.u
-        )
-    )
+    violation = augmented.violation(point.g, data.prices)
+    infeasible = may & minimised & (violation > tolerance * here.size)
+    infeasible &= augmented.hopeless(penalty, expanded, change, here.gap, data, point.u)
     # A smaller gap is rounding, which an update would only multiply by ρ.
     worthwhile = (here.gap > goal * here.size) | (penalty.rho < point.penalty.rho)
     updates = may & minimised & worthwhile & ~infeasible

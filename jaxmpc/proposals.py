@@ -33,7 +33,7 @@ from jaxmpc.types import Options
 
 _ALMOST = 1e-2  # of the size of a control, or the width of its bounds: so near is next to one
 _MAX_GUESSES = 4  # of the pieces
-_MAX_INTERIOR = 20  # steps of the interior-point method
+_MAX_INTERIOR = 40  # steps of the interior-point method
 
 
 class _Box(NamedTuple):
@@ -291,8 +291,10 @@ class _RowModel(NamedTuple):
             augmented.largest(jax.tree.map(jnp.abs, state.multiplier))
             for state in (self.here.rows, self.on(pieces))
         )
+        # Those of pieces that were guessed in vain may be far too large.
+        scale = jnp.where(now > 0, now, then)
         x, u, rho = self.point.x, self.point.u, self.point.penalty.rho
-        return interior.start(self.sides, x, u, jnp.maximum(now, then), rho)
+        return interior.start(self.sides, x, u, scale, rho)
 
     def terms_inside(self, moved, steps) -> _Terms:
         m, n = self.point.u.shape[1], self.point.x.shape[1]
