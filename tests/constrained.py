@@ -340,6 +340,42 @@ SLEW = Problem(
 )
 
 
+def car_dynamics(x, u, t, params):
+    """x: position, heading and speed; u: acceleration and the steering angle's tangent."""
+    dt = 0.1
+    rates = [x[3] * cos(x[2]), x[3] * sin(x[2]), x[3] * u[1] / params["wheelbase"], u[0]]
+    return stack([x[i] + dt * rates[i] for i in range(4)])
+
+
+def car_cost(x, u, t, params):
+    s = 0.1 * t
+    on_the_road = 5 * ((x[0] - s) ** 2 + (x[1] - sin(s)) ** 2) + 0.5 * (x[2] - cos(s)) ** 2
+    return on_the_road + 0.5 * (x[3] - 1) ** 2 + 0.05 * u[0] ** 2 + 0.5 * u[1] ** 2
+
+
+def beside_the_disc(x, u, t, params):
+    (along, across), radius = params["disc"], params["radius"]
+    return stack([radius**2 - (x[0] - along) ** 2 - (x[1] - across) ** 2])
+
+
+# The disc is where the car would drive, and it cannot steer away at once: the multipliers are some
+# hundred times what the cost's curvature lets one expect.
+SWERVE = Problem(
+    cost=car_cost,
+    dynamics=car_dynamics,
+    inequality=beside_the_disc,
+    inputs={
+        "x_init": np.array([0.0, -0.5, 0.0, 0.5]),
+        "params": {"wheelbase": 2.5, "disc": np.array([2.8, -0.1]), "radius": 0.3},
+        "u_lower": np.tile(np.array([-3.0, -0.6]), (40, 1)),
+        "u_upper": np.tile(np.array([3.0, 0.6]), (40, 1)),
+        "rate": {"previous": np.zeros(2), "limit": np.array([1.0, 0.2])},
+    },
+    u_init=np.zeros((40, 2)),
+    x_init=np.array([[0.0, -0.5, 0.0, 0.5], [0.0, -0.4, 0.1, 0.8], [0.2, -0.5, 0.0, 0.3]]),
+)
+
+
 def reached(x, params):
     return stack([x[0] - params["goal"]])
 

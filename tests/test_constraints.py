@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from constrained import PROBLEMS, active_set, gradient, ipopt, kkt_errors, rows
+from constrained import PROBLEMS, SWERVE, active_set, gradient, ipopt, kkt_errors, rows
 from helpers import assert_close
 from jax.flatten_util import ravel_pytree
 
@@ -164,6 +164,22 @@ def test_tight_limits_of_the_rate():
         assert np.sum(np.abs(want.multipliers["rate"]) > 1e-6) > 10
         assert_close(solutions.u[i], want.u, 1e-6)
         assert_close(solutions.objective[i], want.objective, 1e-9)
+
+
+def test_a_disc_in_the_way():
+    solutions = jax.jit(jax.vmap(lambda x: solve(SWERVE, jax.tree.map(jnp.asarray, SWERVE.at(x)))))(
+        jnp.asarray(SWERVE.x_init)
+    )
+    assert np.all(solutions.status == Status.CONVERGED)
+    for i, x_init in enumerate(SWERVE.x_init):
+        solution, inputs = lane(solutions, i), SWERVE.at(x_init)
+        # From the same side: the other one has a local minimum of its own.
+        want = ipopt(SWERVE, inputs, solution.u)
+        assert np.max(want.multipliers["inequality"]) > 30
+        assert_close(solution.u, want.u, 1e-6)
+        assert_close(solution.objective, want.objective, 1e-9)
+        errors = kkt_errors(SWERVE, inputs, solution.u, as_dict(solution.multipliers))
+        assert max(map(float, errors.values())) <= 1e-7, errors
 
 
 def _any(masks):
