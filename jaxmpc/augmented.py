@@ -130,6 +130,19 @@ def update(
     )
 
 
+def follow(ahead: RowState, g: Rows, penalty: Penalty) -> Penalty:
+    """With the μ for which the multipliers at g are those of the model, ``ahead``, where it holds
+    a row. Those of μ + ρ g differ by ρ times what the model misses, and at the end of a search that
+    is rounding: this makes of the step one of sequential quadratic programming."""
+
+    def shifted(g, mu, nu, active):
+        return jnp.where(active, nu - penalty.rho * g, mu)
+
+    return penalty._replace(
+        mu=jax.tree.map(shifted, g, penalty.mu, ahead.multiplier, ahead.active)
+    )
+
+
 def drowned(residual: Array, penalty: Penalty, expansion: Expansion, size: Array) -> Array:
     """Whether the gradient is what the rounding of g makes of it, by way of ρ."""
     rounding = _eps(size) * penalty.rho * size * slope(expansion)
@@ -181,11 +194,6 @@ def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: R
         return jnp.where(active, free, jnp.where(beyond, with_slack, jnp.where(lower < 0, free, 0)))
 
     return RowState(jax.tree.map(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
-
-
-def predicted(g: Rows, penalty: Penalty, prices: Prices, change: Rows) -> tuple[Rows, Rows]:
-    """The pieces that the rows will be on after a small step."""
-    return _pieces(jax.tree.map(jnp.add, g, change), penalty, prices)
 
 
 def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:

@@ -187,7 +187,7 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
     # The factors of the last trip are those of the derivative's linear system, which converges the
     # faster the larger ρ is.
     rho = jnp.where(certify, limits[0], point.penalty.rho) if model.constrained else None
-    step, factors = propose(
+    step, factors, ahead = propose(
         near, point, here, expanded, H, H_final, rho, options, s.regularization, certify
     )
     definite = lanes.every(factors.curvature > definite_threshold(dtype))
@@ -222,6 +222,9 @@ def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
         jnp.asarray(options.line_search_decay, dtype),
     )
     moves = ~stop & search.accepted
+    if ahead is not None:
+        followed = augmented.follow(ahead, new.g, new.penalty)
+        new = new._replace(penalty=select(search.noisy, followed, new.penalty))
     failed = ~stop & ~search.accepted
     raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
     lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jaxmpc import augmented, interior, lanes
 from jaxmpc.assessment import Assessment
+from jaxmpc.augmented import RowState
 from jaxmpc.expansions import Expansion, add_pull, add_squares, along_rows
 from jaxmpc.interior import Interior
 from jaxmpc.model import Data, Prices, Rows
@@ -76,8 +77,9 @@ def propose(
     options: Options,
     regularization: Array,
     certify: Array,
-) -> tuple[Step, Factors]:
-    """The step with the exact Hessian where every stage stays convex, else with ∇²cost.
+) -> tuple[Step, Factors, RowState | None]:
+    """The step with the exact Hessian where every stage stays convex, else with ∇²cost; and the
+    rows as the model has them at its end.
 
     With ``certify`` nothing is regularized, the active set is that of the point, and the factors
     are those of its exact KKT matrix, with ρ GᵀG of the active rows in it; in any case they are
@@ -121,11 +123,11 @@ def propose(
     first = here.first
     if here.rows is None:
         solved = solve(first.c, first.c_final, box, lambda C, C_final: (C, C_final))
-        inside = jnp.zeros_like(certify)
+        ahead, inside = None, jnp.zeros_like(certify)
     else:
         low, high = lower - u, upper - u
         sides = interior.sides(point.g, point.penalty, data.prices, low, high)
-        solved, inside = _RowModel(
+        solved, ahead, inside = _RowModel(
             point, here, expanded, data.prices, rho, regularization, certify,
             low, high, box, sides, solve,
         ).search()  # fmt: skip
@@ -134,7 +136,8 @@ def propose(
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
     # From the interior, d is within the bounds together with K dx only.
     target = jnp.where(inside, u + d, target)
-    return Step(target, _reach(data, u, here, target), used.K, slope, bend), factors
+    step = Step(target, _reach(data, u, here, target), used.K, slope, bend)
+    return step, factors, ahead
 
 
 def _reach(data: Data, u: Array, here: Assessment, target: Array) -> Array:
@@ -157,6 +160,7 @@ class _Search(NamedTuple):
     at: Interior
     curved: Array  # with the exact Hessian; once it is not good enough, never again
     exact: Factors  # of the last guess
+    ahead: RowState  # likewise, where it leads to
     solved: _Solved
     open: Array
     tries: Array
@@ -188,8 +192,8 @@ class _RowModel(NamedTuple):
     sides: tuple[interior.Sides, ...]
     solve: Callable[..., _Solved]
 
-    def search(self) -> tuple[_Solved, Array]:
-        """The step, and whether the interior-point method found it.
+    def search(self) -> tuple[_Solved, RowState, Array]:
+        """The step, the rows at its end, and whether the interior-point method found it.
 
         The pieces are guessed, at first as those of the point, and corrected by what they lead to,
         a semismooth Newton iteration, which near a solution ends with the first. If it comes to no
@@ -199,18 +203,22 @@ class _RowModel(NamedTuple):
         at, tries = self.enter(pieces), jnp.int32(0)
         shape = jax.eval_shape(lambda: self.minimum(pieces, no, at, ~no).solved)
         solved = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
-        begin = _Search(pieces, no, at, ~no, solved.exact, solved, ~no, tries)
+        begin = _Search(pieces, no, at, ~no, solved.exact, self.here.rows, solved, ~no, tries)
         end = lax.while_loop(
             lambda s: jnp.any(s.open) & (s.tries < _MAX_GUESSES + _MAX_INTERIOR),
             self.improve,
             begin,
         )
-        return end.solved._replace(exact=end.exact), end.inside
+        held = jax.tree.map(lambda active: active & ~end.inside, end.ahead.active)
+        ahead = end.ahead._replace(active=held)
+        return end.solved._replace(exact=end.exact), ahead, end.inside
 
     def improve(self, s: _Search) -> _Search:
         """The next guess, or the next step in the interior."""
         found = self.minimum(s.pieces, s.inside, s.at, s.curved)
-        there = self.pieces_at(found)
+        moved = jax.tree.map(jnp.add, self.point.g, along_rows(self.expanded.G, found.dx, found.du))
+        ahead = augmented.state(moved, self.point.penalty, self.prices)
+        there = select(self.certify, self.pieces_here(), (ahead.active, ahead.beyond))
         differs = jax.tree.leaves(jax.tree.map(jnp.not_equal, there, s.pieces))
         ends = (lanes.every(~a, a.ndim - s.open.ndim) for a in differs)
         settled = functools.reduce(jnp.logical_and, ends)
@@ -225,6 +233,7 @@ class _RowModel(NamedTuple):
             at=select(s.inside & open, after, select(enters, self.enter(pieces), s.at)),
             curved=curved,
             exact=select(s.inside, s.exact, found.solved.exact),
+            ahead=select(s.inside, s.ahead, ahead),
             solved=select(s.inside, inner, found.solved),
             open=open,
             tries=s.tries + 1,
@@ -268,12 +277,7 @@ class _RowModel(NamedTuple):
     def pieces_here(self) -> tuple[Rows, Rows]:
         return self.here.rows.active, self.here.rows.beyond
 
-    def pieces_at(self, found: _Minimum) -> tuple[Rows, Rows]:
-        change = along_rows(self.expanded.G, found.dx, found.du)
-        there = augmented.predicted(self.point.g, self.point.penalty, self.prices, change)
-        return select(self.certify, self.pieces_here(), there)
-
-    def on(self, pieces) -> augmented.RowState:
+    def on(self, pieces) -> RowState:
         return augmented.on_pieces(self.point.g, self.point.penalty, self.prices, *pieces)
 
     def terms_on(self, pieces) -> _Terms:

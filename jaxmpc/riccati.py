@@ -62,7 +62,7 @@ def masked_inverse(Q, free, scale):
     both = free[:, None] & free[None, :]
     A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2).astype(Q.dtype))
     relative = jnp.where(free, 1 / scale, 1)
-    smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
+    smallest = jnp.full(A.shape[2:], jnp.inf, Q.dtype)
 
     def eliminate(k, carry):
         A, smallest = carry

@@ -11,7 +11,7 @@ from helpers import assert_close
 
 from jaxmpc import lanes
 from jaxmpc.box_qp import box_qp
-from jaxmpc.riccati import masked_inverse
+from jaxmpc.riccati import masked_inverse, smallest_pivot
 
 COUNT = 60  # problems of one size, solved together
 FORMS = pytest.mark.parametrize("form", ["vmap", "lanes"])
@@ -166,6 +166,9 @@ def test_masked_inverse_and_the_sign_of_its_smallest_pivot(m, form):
     eigenvalues = np.linalg.eigvalsh(masked)
     assert np.array_equal(smallest > 0, eigenvalues[:, 0] > 0)
     assert 0.1 < np.mean(smallest > 0) < 0.95
+    # The same without the inverse.
+    alone = in_form(smallest_pivot, form)(Q, free, scale)
+    assert_close(alone, smallest, 1e-8)
 
 
 @FORMS

@@ -73,7 +73,9 @@ def undisturbed(tmp_path_factory):
     return folder, (folder / "out" / "fig3.csv").read_bytes()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_goes_on(tmp_path, undisturbed, how):
     process = start(tmp_path, "fig3", "--save-every", "0")
     wait_for_a_checkpoint(tmp_path, process)

@@ -52,7 +52,11 @@ def test_hessians_match_finite_differences_of_the_gradient(loss):
 
 
 @pytest.mark.parametrize(
-    "inputs", [{"x_init": X_INIT}, {"upper": jnp.full((T, 1), 1.2)}], ids=["x_init", "the bounds"]
+    "inputs",
+    [
+        pytest.param({"x_init": X_INIT}, id="x_init"),
+        pytest.param({"upper": jnp.full((T, 1), 1.2)}, id="the bounds", marks=pytest.mark.slow),
+    ],
 )
 def test_hessians_in_one_input_alone_match_finite_differences(inputs):
     """No other input is perturbed, neither by the inner differentiation nor by the outer one."""

@@ -504,7 +504,7 @@ def network_inputs(n, m, T, count=32):
     return jax.tree.map(jnp.asarray, inputs)
 
 
-@pytest.mark.parametrize("n, m, T", [(1, 1, 1), (3, 2, 6), (4, 3, 6)])
+@pytest.mark.parametrize("n, m, T", [(1, 1, 1), (3, 2, 6), (4, 3, 6), (3, 10, 4)])
 def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
     inputs = network_inputs(n, m, T)
     solution = solve(NETWORK, inputs)
