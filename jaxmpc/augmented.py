@@ -138,9 +138,7 @@ def follow(ahead: RowState, g: Rows, penalty: Penalty) -> Penalty:
     def shifted(g, mu, nu, active):
         return jnp.where(active, nu - penalty.rho * g, mu)
 
-    return penalty._replace(
-        mu=jax.tree.map(shifted, g, penalty.mu, ahead.multiplier, ahead.active)
-    )
+    return penalty._replace(mu=jax.tree.map(shifted, g, penalty.mu, ahead.multiplier, ahead.active))
 
 
 def drowned(residual: Array, penalty: Penalty, expansion: Expansion, size: Array) -> Array:
