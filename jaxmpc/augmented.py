@@ -33,7 +33,6 @@ from jaxmpc.model import Data, Prices, Rows
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
 _GROWTH = 10.0
-_FALL, _MAX_FALLS = 3.0, 4  # and falls so often, lest the two alternate
 # ρ grows unless an update shrinks the gap to this share: far from feasible, a large ρ is a narrow
 # valley to search in; near it, the valley is straight, and a large ρ closes the gap in a few steps.
 _ENOUGH_FAR, _ENOUGH_NEAR, _NEAR = 0.5, 0.02, 1e-2
@@ -53,7 +52,6 @@ class Penalty(NamedTuple):
     rho: Array  # one a problem; 0 before the first trip
     gap: Array  # at the last update
     stalls: Array  # updates in a row that did not lessen it
-    falls: Array  # how often ρ has been made smaller
 
 
 class RowState(NamedTuple):
@@ -66,7 +64,7 @@ class RowState(NamedTuple):
 
 def start(mu: Rows, zero: Array) -> Penalty:
     """``zero``: one a problem."""
-    return Penalty(mu, zero, zero + jnp.inf, zero, zero)
+    return Penalty(mu, zero, zero + jnp.inf, zero)
 
 
 def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, tuple[Array, Array]]:
@@ -107,26 +105,20 @@ def update(
     gap: Array,
     size: Array,
     tolerance: Array,
-    noisy: Array,
     limits,
 ) -> Penalty:
-    """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast; a smaller one where
-    the gap is closed, and the rounding of g, which ρ multiplies, is what is left of the gradient.
-    """
+    """After a minimisation: μ ← ν, and a larger ρ unless the gap closes fast."""
     closed = gap <= tolerance * size
     most, most_near = limits
     near = (gap <= _NEAR * size) & (penalty.rho * _GROWTH <= most_near)
     slow = ~closed & (gap > jnp.where(near, _ENOUGH_NEAR, _ENOUGH_FAR) * penalty.gap)
     room = penalty.rho * _GROWTH <= most
     stalled = ~closed & ~room & (gap > _STALLED * penalty.gap)
-    falls = closed & noisy & (penalty.falls < _MAX_FALLS)
-    rho = jnp.where(falls, penalty.rho / _FALL, penalty.rho)
     return Penalty(
         mu=rows.multiplier,
-        rho=jnp.where(slow & room, penalty.rho * _GROWTH, rho),
+        rho=jnp.where(slow & room, penalty.rho * _GROWTH, penalty.rho),
         gap=gap,
         stalls=jnp.where(stalled, penalty.stalls + 1, 0),
-        falls=penalty.falls + falls,
     )
 
 

@@ -289,10 +289,7 @@ def _update_multipliers(
     is then enough, and the rest of the minimisation comes with the next.
     """
     drowned = augmented.drowned(here.residual, point.penalty, expanded, here.size)
-    noisy = drowned & ~(here.stationary <= tolerance)
-    penalty = augmented.update(
-        here.rows, point.penalty, here.gap, here.size, tolerance, noisy, limits
-    )
+    penalty = augmented.update(here.rows, point.penalty, here.gap, here.size, tolerance, limits)
     updated = point._replace(penalty=penalty)
     after = assess(data, updated, expanded)
     # Before ρ is raised, the gap must be that of the multipliers, not of the minimisation.
@@ -307,7 +304,7 @@ def _update_multipliers(
     infeasible = may & minimised & (violation > tolerance * here.size)
     infeasible &= augmented.hopeless(penalty, expanded, change, here.gap, data, point.u)
     # A smaller gap is rounding, which an update would only multiply by ρ.
-    worthwhile = (here.gap > goal * here.size) | (penalty.rho < point.penalty.rho)
+    worthwhile = here.gap > goal * here.size
     updates = may & minimised & worthwhile & ~infeasible
     return *select(updates, (updated, after), (point, here)), infeasible
 

@@ -358,8 +358,7 @@ def beside_the_disc(x, u, t, params):
     return stack([radius**2 - (x[0] - along) ** 2 - (x[1] - across) ** 2])
 
 
-# The disc is where the car would drive, and it cannot steer away at once: the multipliers are some
-# hundred times what the cost's curvature lets one expect.
+# The disc is where the car would drive, and it cannot steer away at once: multipliers reach 180.
 SWERVE = Problem(
     cost=car_cost,
     dynamics=car_dynamics,

@@ -167,7 +167,6 @@ def test_tight_limits_of_the_rate():
 
 
 def test_a_disc_in_the_way():
-
     def plans(dtype):
         def plan(x):
             return solve(SWERVE, jax.tree.map(lambda a: jnp.asarray(a, dtype), SWERVE.at(x)))
