@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import augmented, lanes
+from jaxmpc import augmented
+from jaxmpc.batch import lanes
 from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import Expansion, FirstOrder, first_order
 from jaxmpc.model import Data

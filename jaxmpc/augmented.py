@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import Expansion
 from jaxmpc.model import Data, Prices, Rows

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 from jaxmpc.riccati import masked_inverse
 
 _ARMIJO = 0.1

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 from jaxmpc.expansions import add_pull, add_squares
 from jaxmpc.model import Rows
 from jaxmpc.riccati import Factors, Point, Rhs

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 from jaxmpc.model import Model, Rows, Theta
 
 

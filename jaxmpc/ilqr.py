@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, lanes, problem, rows, validation
+from jaxmpc import augmented, problem, rows, validation
 from jaxmpc.assessment import Assessment, all_finite, assess, tolerances
 from jaxmpc.augmented import RowState
-from jaxmpc.batching import batchwise
+from jaxmpc.batch import lanes
+from jaxmpc.batch.batchwise import batchwise
+from jaxmpc.batch.turns import in_turns
 from jaxmpc.expansions import Expansion, expand, hessians
 from jaxmpc.model import Data, Model, Rows
 from jaxmpc.proposals import along_negative_curvature, propose
 from jaxmpc.riccati import Factors
 from jaxmpc.steps import Iterate, definite_threshold, iterate, line_search, rounding, select
-from jaxmpc.turns import in_turns
 from jaxmpc.types import Constraints, Options, Solution, Status
 
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6

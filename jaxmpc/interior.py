@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import lanes
 from jaxmpc.augmented import Penalty
+from jaxmpc.batch import lanes
 from jaxmpc.expansions import along_rows
 from jaxmpc.model import Prices, Rows
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import constrained, lanes, parallel, riccati, validation
-from jaxmpc.batching import batchwise
+from jaxmpc import constrained, parallel, riccati, validation
+from jaxmpc.batch import lanes
+from jaxmpc.batch.batchwise import batchwise
 from jaxmpc.constrained import ActiveRows
 from jaxmpc.model import Rows
 from jaxmpc.riccati import Factors, Point, Rhs

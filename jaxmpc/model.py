@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import lanes, trailing
+from jaxmpc.batch import lanes, trailing
 
 Theta = Any  # {"params": ..., "constants": ...}
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from jaxmpc import lanes, riccati
+from jaxmpc import riccati
+from jaxmpc.batch import lanes
 from jaxmpc.riccati import Factors, Point, Rhs, masked_inverse, quadratic_form, riccati_stage
 
 # What the recursion may miss by, in units of rounding of the terms it sums up. On random systems

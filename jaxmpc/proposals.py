@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import augmented, interior, lanes
+from jaxmpc import augmented, interior
 from jaxmpc.assessment import Assessment
 from jaxmpc.augmented import RowState
+from jaxmpc.batch import lanes
 from jaxmpc.expansions import Expansion, add_pull, add_squares, along_rows
 from jaxmpc.interior import Interior
 from jaxmpc.model import Data, Prices, Rows

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 
 # Up to this many controls the elimination of one stage is unrolled at trace time.
 _MAX_UNROLLED = 8

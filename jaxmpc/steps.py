@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import augmented, lanes
+from jaxmpc import augmented
 from jaxmpc.augmented import Penalty
+from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
 from jaxmpc.model import Data, Model

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxmpc import lanes, problem, validation
+from jaxmpc import problem, validation
 from jaxmpc.assessment import assess, tolerances
+from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import expand, first_order, hessians
 from jaxmpc.model import Data, Model

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmpc import batching
-from jaxmpc.batching import batchwise
+from jaxmpc.batch import batchwise as module
+from jaxmpc.batch.batchwise import batchwise
 
 B, N = 32, 3
 SEEN = []  # the sizes that `many` was called with
@@ -134,7 +134,7 @@ NESTED = {
 @pytest.fixture(params=["copied", "not copied"])
 def small(request, monkeypatch):
     """What lacks some axes of a nested batch is small enough to be copied along them, or not."""
-    monkeypatch.setattr(batching, "_COPIED", 1024 if request.param == "copied" else 0)
+    monkeypatch.setattr(module, "_COPIED", 1024 if request.param == "copied" else 0)
 
 
 @pytest.mark.parametrize("name", NESTED)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from jaxmpc import lanes
+from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp
 from jaxmpc.riccati import masked_inverse, smallest_pivot
 

@@ -7,7 +7,8 @@ import pytest
 from helpers import assert_close
 from jax import lax
 
-from jaxmpc import Options, Status, lqr_solve, mpc_solve, trailing
+from jaxmpc import Options, Status, lqr_solve, mpc_solve
+from jaxmpc.batch import trailing
 
 N, B = 3, 5
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from jaxmpc import Options, Status, lanes, mpc_solve
+from jaxmpc import Options, Status, mpc_solve
+from jaxmpc.batch import lanes
+from jaxmpc.batch.turns import in_turns
 from jaxmpc.systems import pendulum
-from jaxmpc.turns import in_turns
 
 T = 8
 LANES = 4
