@@ -29,7 +29,8 @@ from jax import Array
 from jaxmpc.batch import lanes
 from jaxmpc.box_qp import clamped
 from jaxmpc.expansions import Expansion
-from jaxmpc.model import Data, Prices, Rows
+from jaxmpc.model import Data, Prices
+from jaxmpc.riccati.rows import Rows
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
 _GROWTH = 10.0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.riccati import masked_inverse
+from jaxmpc.riccati.pivots import masked_inverse
 
 _ARMIJO = 0.1
 _MAX_BACKTRACKS = 20

@@ -11,12 +11,14 @@ from jax.typing import ArrayLike
 
 from jaxmpc import augmented, problem, validation
 from jaxmpc.assessment import assess
-from jaxmpc.constrained import ActiveRows, penalised
-from jaxmpc.expansions import add_pull, expand, hessians
-from jaxmpc.lqr import adjoint_rhs, factorize, kkt_solve
+from jaxmpc.expansions import expand, hessians
 from jaxmpc.mpc import mpc_solve, priced
-from jaxmpc.riccati import Point, Rhs
-from jaxmpc.steps import definite_threshold, iterate
+from jaxmpc.riccati.constrained import ActiveRows, penalised
+from jaxmpc.riccati.kkt import adjoint_rhs, factorize, kkt_solve
+from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.rows import add_pull
+from jaxmpc.riccati.sequential import Point, Rhs
+from jaxmpc.steps import iterate
 from jaxmpc.types import Constraints, Options, Solution, Status
 
 _INVERSE_ITERATIONS = 30

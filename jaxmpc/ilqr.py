@@ -20,10 +20,12 @@ from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
 from jaxmpc.batch.turns import in_turns
 from jaxmpc.expansions import Expansion, expand, hessians
-from jaxmpc.model import Data, Model, Rows
+from jaxmpc.model import Data, Model
 from jaxmpc.proposals import along_negative_curvature, propose
-from jaxmpc.riccati import Factors
-from jaxmpc.steps import Iterate, definite_threshold, iterate, line_search, rounding, select
+from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.rows import Rows
+from jaxmpc.riccati.sequential import Factors
+from jaxmpc.steps import Iterate, iterate, line_search, rounding, select
 from jaxmpc.types import Constraints, Options, Solution, Status
 
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6

@@ -24,8 +24,8 @@ from jax import Array
 
 from jaxmpc.augmented import Penalty
 from jaxmpc.batch import lanes
-from jaxmpc.expansions import along_rows
-from jaxmpc.model import Prices, Rows
+from jaxmpc.model import Prices
+from jaxmpc.riccati.rows import Rows, along_rows
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
 _REDUCTION = 0.1  # of τ, by a full step

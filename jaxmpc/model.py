@@ -8,15 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.batch import lanes, trailing
+from jaxmpc.riccati.rows import Rows
 
 Theta = Any  # {"params": ..., "constants": ...}
-
-
-class Rows(NamedTuple):
-    """Something for every row of the constraints; None where there are no rows."""
-
-    stage: Any  # [T, p, ...]
-    final: Any  # [q, ...]
 
 
 class Prices(NamedTuple):

@@ -26,22 +26,16 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, parallel, problem, riccati, rows, validation
+from jaxmpc import augmented, problem, rows, validation
 from jaxmpc.augmented import RowState
-from jaxmpc.constrained import ActiveRows, penalised
-from jaxmpc.expansions import (
-    add_squares,
-    constraint_values,
-    expand,
-    first_order,
-    hessians,
-    stage_costs,
-    stages,
-)
+from jaxmpc.expansions import constraint_values, expand, first_order, hessians, stage_costs, stages
 from jaxmpc.ilqr import Linearization, solver
-from jaxmpc.lqr import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
-from jaxmpc.model import Data, Model, Prices, Rows
-from jaxmpc.riccati import Point, Rhs
+from jaxmpc.model import Data, Model, Prices
+from jaxmpc.riccati import parallel, sequential
+from jaxmpc.riccati.constrained import ActiveRows, penalised
+from jaxmpc.riccati.kkt import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
+from jaxmpc.riccati.rows import Rows, add_squares
+from jaxmpc.riccati.sequential import Point, Rhs
 from jaxmpc.types import Constraints, Options, RiccatiMethod, Solution, Status
 
 
@@ -400,7 +394,7 @@ _attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
 
 
 def _attach_gains(model: Model, state: Any, rho, method: RiccatiMethod):
-    module = parallel if method == "parallel" else riccati
+    module = parallel if method == "parallel" else sequential
 
     @jax.custom_vjp
     def attach(K, state, rho, point, theta, prices, free, policy):

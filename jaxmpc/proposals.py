@@ -18,19 +18,13 @@ from jaxmpc import augmented, interior
 from jaxmpc.assessment import Assessment
 from jaxmpc.augmented import RowState
 from jaxmpc.batch import lanes
-from jaxmpc.expansions import Expansion, add_pull, add_squares, along_rows
+from jaxmpc.expansions import Expansion
 from jaxmpc.interior import Interior
-from jaxmpc.model import Data, Prices, Rows
-from jaxmpc.riccati import Factors
-from jaxmpc.steps import (
-    Iterate,
-    Step,
-    backward_pass,
-    definite_threshold,
-    merits,
-    negative_direction,
-    select,
-)
+from jaxmpc.model import Data, Prices
+from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.rows import Rows, add_pull, add_squares, along_rows
+from jaxmpc.riccati.sequential import Factors
+from jaxmpc.steps import Iterate, Step, backward_pass, merits, negative_direction, select
 from jaxmpc.types import Options
 
 _ALMOST = 1e-2  # of the size of a control, or the width of its bounds: so near is next to one

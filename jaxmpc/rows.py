@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from jaxmpc import validation
-from jaxmpc.model import Data, Layout, Model, Prices, Rows
+from jaxmpc.model import Data, Layout, Model, Prices
+from jaxmpc.riccati.rows import Rows
 from jaxmpc.types import Constraints, Multipliers, Rate, Slack, Solution
 
 _STAGE = ("inequality", "equality")

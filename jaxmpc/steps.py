@@ -15,7 +15,8 @@ from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp
 from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
 from jaxmpc.model import Data, Model
-from jaxmpc.riccati import Factors, gains, quadratic_form, smallest_pivot, value_hessian
+from jaxmpc.riccati.pivots import definite_threshold, smallest_pivot
+from jaxmpc.riccati.sequential import Factors, gains, quadratic_form, value_hessian
 
 _MAX_TRIES = 6  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
@@ -104,11 +105,6 @@ def backward_pass(
     _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
     factors = Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
     return d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0)
-
-
-def definite_threshold(dtype) -> float:
-    """Pivots below this share of the terms they were computed from have no sign."""
-    return 16 * float(jnp.finfo(dtype).eps)
 
 
 def iterate(model: Model, data: Data, u: Array) -> Iterate:

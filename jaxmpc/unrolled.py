@@ -14,17 +14,9 @@ from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.expansions import expand, first_order, hessians
 from jaxmpc.model import Data, Model
-from jaxmpc.riccati import factorize, masked_inverse
-from jaxmpc.steps import (
-    Iterate,
-    Step,
-    apply,
-    backward_pass,
-    definite_threshold,
-    iterate,
-    line_search,
-    rounding,
-)
+from jaxmpc.riccati.pivots import definite_threshold, masked_inverse
+from jaxmpc.riccati.sequential import factorize
+from jaxmpc.steps import Iterate, Step, apply, backward_pass, iterate, line_search, rounding
 from jaxmpc.types import Options, Solution, Status
 
 

@@ -9,7 +9,8 @@ import pytest
 from helpers import assert_close
 from test_lqr import dense, plan_of, random_problem, random_weights, symmetric, wavy
 
-from jaxmpc import Options, lqr_solve, mpc_solve, parallel
+from jaxmpc import Options, lqr_solve, mpc_solve
+from jaxmpc.riccati import parallel
 from jaxmpc.systems import pendulum
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

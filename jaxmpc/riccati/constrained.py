@@ -25,9 +25,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.expansions import add_pull, add_squares
-from jaxmpc.model import Rows
-from jaxmpc.riccati import Factors, Point, Rhs
+from jaxmpc.riccati.rows import Rows, add_pull, add_squares
+from jaxmpc.riccati.sequential import Factors, Point, Rhs
 
 _MAX_CORRECTIONS = 50
 _CONVERGES = 0.9  # corrections shrink at least so fast, until rounding

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from jaxmpc import riccati
 from jaxmpc.batch import lanes
-from jaxmpc.riccati import Factors, Point, Rhs, masked_inverse, quadratic_form, riccati_stage
+from jaxmpc.riccati.pivots import masked_inverse
+from jaxmpc.riccati.sequential import Factors, Point, Rhs, quadratic_form, riccati_stage
 
 # What the recursion may miss by, in units of rounding of the terms it sums up. On random systems
 # (n = 8, costs over ten decades, half of them unstable) sound results missed by 3 in the median
@@ -77,7 +77,7 @@ def _cost_to_go(C: Array, F: Array, C_final: Array, free: Array) -> Array:
     holds = jnp.all(gap <= _tolerance(V.dtype) * size[:, :, None] * size[:, None, :])
 
     def sequential(C, F, C_final, free):
-        return riccati.factorize(C, F, C_final, free).V
+        return sequential.factorize(C, F, C_final, free).V
 
     return _replaced_by(sequential)(~holds, V, (C, F, C_final, free))
 
