@@ -4,9 +4,9 @@ from jaxmpc.certificate import Certificate, GradientReport, certify, check_gradi
 from jaxmpc.closed_loop import receding_horizon
 from jaxmpc.diagnosis import summarize
 from jaxmpc.ilqr import ilqr_box
-from jaxmpc.linear_quadratic import Affine, Quadratic
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
+from jaxmpc.problem.matrices import Affine, Quadratic
 from jaxmpc.types import (
     Constraints,
     Episode,

@@ -10,8 +10,8 @@ from jax import Array
 from jaxmpc import augmented
 from jaxmpc.batch import lanes
 from jaxmpc.box_qp import clamped
-from jaxmpc.expansions import Expansion, FirstOrder, first_order
-from jaxmpc.model import Data
+from jaxmpc.problem.expansions import Expansion, FirstOrder, first_order
+from jaxmpc.problem.problem import Data
 from jaxmpc.steps import Iterate
 from jaxmpc.types import Options
 

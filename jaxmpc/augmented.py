@@ -19,7 +19,6 @@ convex programming; Bertsekas 1982, Constrained Optimization and Lagrange Multip
 (ψ for hard rows) and 5.3 (for prices with kinks).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -28,9 +27,10 @@ from jax import Array
 
 from jaxmpc.batch import lanes
 from jaxmpc.box_qp import clamped
-from jaxmpc.expansions import Expansion
-from jaxmpc.model import Data, Prices
-from jaxmpc.riccati.rows import Rows
+from jaxmpc.problem.expansions import Expansion
+from jaxmpc.problem.prices import Prices, RowState
+from jaxmpc.problem.problem import Data
+from jaxmpc.riccati.rows import Rows, largest
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
 _GROWTH = 10.0
@@ -53,14 +53,6 @@ class Penalty(NamedTuple):
     rho: Array  # one a problem; 0 before the first trip
     gap: Array  # at the last update
     stalls: Array  # updates in a row that did not lessen it
-
-
-class RowState(NamedTuple):
-    """Which piece of ψ a row is on, and the slope of that piece."""
-
-    multiplier: Rows  # ν
-    active: Rows  # bool: held at g = 0
-    beyond: Rows  # bool: soft, with slack
 
 
 def start(mu: Rows, zero: Array) -> Penalty:
@@ -205,26 +197,6 @@ def gap(rows: RowState, penalty: Penalty) -> Array:
     return largest(moved) / penalty.rho
 
 
-def price(g: Rows, prices: Prices) -> Array:
-    """What the slack of soft rows costs."""
-
-    def paid(g, linear, quadratic):
-        soft, slack = jnp.isfinite(linear), jnp.maximum(g, 0)
-        return jnp.where(soft, (jnp.where(soft, linear, 0) + 0.5 * quadratic * slack) * slack, 0)
-
-    return total(jax.tree.map(paid, g, prices.linear, prices.quadratic))
-
-
-def violation(g: Rows, prices: Prices) -> Array:
-    """The largest violation of a hard row."""
-
-    def broken(g, lower, linear):
-        over = jnp.where(lower < 0, jnp.abs(g), jnp.maximum(g, 0))
-        return jnp.where(jnp.isfinite(linear), 0, over)
-
-    return largest(jax.tree.map(broken, g, prices.lower, prices.linear))
-
-
 def size(G: Rows, x: Array, u: Array) -> Array:
     """The largest of the terms |G_ij z_j|, whose rounding the rows cannot be without."""
     z = jnp.abs(jnp.concatenate([x[:-1], u], axis=1))
@@ -259,36 +231,3 @@ def slope(expansion: Expansion) -> Array:
     if G.stage is not None:
         most = jnp.maximum(most, jnp.max(jnp.abs(G.stage[:, :, n:]), axis=(0, 1, 2)))
     return most
-
-
-def margins(g: Rows, rows: RowState, prices: Prices) -> tuple[Array, Array]:
-    """How far the rows are from another piece: the multipliers of the active inequalities from
-    their ends, and the values of the other rows from 0."""
-
-    def of_multiplier(nu, active, lower, linear):
-        inside = jnp.minimum(jnp.where(lower < 0, jnp.inf, nu), linear - nu)
-        return -jnp.where(active, inside, jnp.inf)
-
-    def of_value(g, active):
-        return -jnp.where(active, jnp.inf, jnp.abs(g))
-
-    multiplier = jax.tree.map(
-        of_multiplier, rows.multiplier, rows.active, prices.lower, prices.linear
-    )
-    return -largest(multiplier), -largest(jax.tree.map(of_value, g, rows.active))
-
-
-def largest(rows: Rows) -> Array:
-    """The largest entry of all rows, of each problem."""
-    return _reduce(jnp.maximum, jnp.max, rows)
-
-
-def total(rows: Rows) -> Array:
-    """The sum over all rows, of each problem."""
-    return _reduce(jnp.add, jnp.sum, rows)
-
-
-def _reduce(combine, reduce, rows: Rows) -> Array:
-    parts = [] if rows.stage is None else [reduce(rows.stage, axis=(0, 1))]
-    parts += [] if rows.final is None else [reduce(rows.final, axis=0)]
-    return functools.reduce(combine, parts)

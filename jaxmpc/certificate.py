@@ -9,10 +9,13 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, problem, validation
+from jaxmpc import augmented, validation
 from jaxmpc.assessment import assess
-from jaxmpc.expansions import expand, hessians
 from jaxmpc.mpc import mpc_solve, priced
+from jaxmpc.problem.expansions import expand, hessians
+from jaxmpc.problem.prices import margins
+from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.trace import trace
 from jaxmpc.riccati.constrained import ActiveRows, penalised
 from jaxmpc.riccati.kkt import adjoint_rhs, factorize, kkt_solve
 from jaxmpc.riccati.pivots import definite_threshold
@@ -88,13 +91,13 @@ def certify(
     """
     if constraints is not None:
         constraints = dataclasses.replace(constraints, multipliers=solution.multipliers)
-    model, data = problem.trace(
+    model, data = trace(
         cost, dynamics, x_init, solution.u, params, terminal_cost, u_lower, u_upper, constraints
     )
     return jax.jit(_certify, static_argnums=0)(model, lax.stop_gradient(data))
 
 
-def _certify(model: problem.Model, data: problem.Data) -> Certificate:
+def _certify(model: Model, data: Data) -> Certificate:
     at = iterate(model, data, data.u_init)
     expanded = expand(model, data.theta, at.x, at.u)
     constrained = at.penalty is not None
@@ -119,7 +122,7 @@ def _certify(model: problem.Model, data: problem.Data) -> Certificate:
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
     multiplier, slack = jnp.min(multiplier), jnp.min(slack)
     if constrained:
-        of_rows = augmented.margins(at.g, here.rows, data.prices)
+        of_rows = margins(at.g, here.rows, data.prices)
         multiplier, slack = jnp.minimum(multiplier, of_rows[0]), jnp.minimum(slack, of_rows[1])
     return Certificate(
         kkt_residual=here.kkt_residual,

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, rows, validation
+from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
+from jaxmpc.problem.constraints import named_multipliers
+from jaxmpc.problem.trace import trace
 from jaxmpc.types import Constraints, Episode, Multipliers, Options, Status
 
 
@@ -71,7 +73,7 @@ def receding_horizon(
     validation.check_count("num_steps", num_steps, least=1)
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
-    model, data = problem.trace(
+    model, data = trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
     dtype, n = data.x_init.dtype, jnp.shape(x_init)[0]
@@ -117,7 +119,7 @@ def receding_horizon(
 
     multipliers = None
     if model.constrained:
-        multipliers = lax.stop_gradient(rows.unpack(model.layout, data.multipliers))
+        multipliers = lax.stop_gradient(named_multipliers(model.layout, data.multipliers))
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
     return run(data.x_init[:n], data.u_init, previous, multipliers)

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, problem, rows, validation
+from jaxmpc import augmented, validation
 from jaxmpc.assessment import Assessment, all_finite, assess, tolerances
-from jaxmpc.augmented import RowState
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
 from jaxmpc.batch.turns import in_turns
-from jaxmpc.expansions import Expansion, expand, hessians
-from jaxmpc.model import Data, Model
+from jaxmpc.problem.constraints import for_user
+from jaxmpc.problem.expansions import Expansion, expand, hessians
+from jaxmpc.problem.prices import RowState, largest_violation, slack_price
+from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.trace import trace
 from jaxmpc.proposals import along_negative_curvature, propose
 from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.rows import Rows
@@ -303,7 +305,7 @@ def _update_multipliers(
     upset = jnp.max(jnp.where(after.held, 0, jnp.abs(upset)), axis=(0, 1))
     minimised = (here.stationary <= tolerance) | settled | drowned
     minimised |= (here.stationary <= _NEAR) & (here.residual <= share * upset)
-    violation = augmented.violation(point.g, data.prices)
+    violation = largest_violation(point.g, data.prices)
     infeasible = may & minimised & (violation > tolerance * here.size)
     infeasible &= augmented.hopeless(penalty, expanded, change, here.gap, data, point.u)
     # A smaller gap is rounding, which an update would only multiply by ρ.
@@ -339,8 +341,8 @@ def _evaluation(
             rows=here.rows,
             rho=rho,
         ),
-        price=augmented.price(point.g, data.prices) if constrained else None,
-        violation=augmented.violation(point.g, data.prices) if constrained else None,
+        price=slack_price(point.g, data.prices) if constrained else None,
+        violation=largest_violation(point.g, data.prices) if constrained else None,
     )
 
 
@@ -463,9 +465,9 @@ def ilqr_box(
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
     """
     validation.check_options(options)
-    model, data = problem.trace(
+    model, data = trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
     options = validation.with_trust_region(options, data.u_init)
     solution, _ = jax.jit(solver(model))(lax.stop_gradient(data), options)
-    return _not_differentiable(rows.for_user(model, solution), data)
+    return _not_differentiable(for_user(model, solution), data)

@@ -24,7 +24,7 @@ from jax import Array
 
 from jaxmpc.augmented import Penalty
 from jaxmpc.batch import lanes
-from jaxmpc.model import Prices
+from jaxmpc.problem.prices import Prices
 from jaxmpc.riccati.rows import Rows, along_rows
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take

@@ -26,15 +26,24 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, problem, rows, validation
-from jaxmpc.augmented import RowState
-from jaxmpc.expansions import constraint_values, expand, first_order, hessians, stage_costs, stages
+from jaxmpc import validation
 from jaxmpc.ilqr import Linearization, solver
-from jaxmpc.model import Data, Model, Prices
+from jaxmpc.problem.constraints import for_user
+from jaxmpc.problem.expansions import (
+    constraint_values,
+    expand,
+    first_order,
+    hessians,
+    stage_costs,
+    stages,
+)
+from jaxmpc.problem.prices import Prices, RowState, priced, row_terms
+from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.trace import trace
 from jaxmpc.riccati import parallel, sequential
 from jaxmpc.riccati.constrained import ActiveRows, penalised
 from jaxmpc.riccati.kkt import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
-from jaxmpc.riccati.rows import Rows, add_squares
+from jaxmpc.riccati.rows import Rows, total
 from jaxmpc.riccati.sequential import Point, Rhs
 from jaxmpc.types import Constraints, Options, RiccatiMethod, Solution, Status
 
@@ -103,11 +112,11 @@ def mpc_solve(
     nonlinear dynamics the derivative of the solution needs.
     """
     validation.check_options(options)
-    model, data = problem.trace(
+    model, data = trace(
         cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
     )
     options = validation.with_trust_region(options, data.u_init)
-    return rows.for_user(model, jax.jit(_differentiable(model))(data, options))
+    return for_user(model, jax.jit(_differentiable(model))(data, options))
 
 
 def _differentiable(model: Model):
@@ -194,18 +203,11 @@ def _follow_bwd(policy, cotangent):
 _follow.defvjp(lambda tree, policy: (_follow(tree, policy), policy), _follow_bwd)
 
 
-def _row_terms(g, multiplier, active, beyond, linear, quadratic):
-    """What a row adds to the Lagrangian: νᵀg where it holds, its price where it has slack."""
-    linear = jnp.where(beyond, linear, 0)  # ∞ for hard rows, and 0 · ∞ has no derivative
-    paid = jnp.where(beyond, (linear + 0.5 * quadratic * g) * g, 0)
-    return jnp.where(active, multiplier * g, paid)
-
-
 def _kkt_residual(model: Model, theta, prices: Any, x_init: Array, point: Point, state: Any) -> Rhs:
     """∇L, L the Lagrangian: 0 at a solution, where its derivatives shape those of the solution."""
     x, u, costate, multiplier = point
     n = x_init.shape[0]
-    # Of every row, what ``_row_terms`` takes beside its value.
+    # Of every row, what ``row_terms`` takes beside its value.
     row = (multiplier, state.active, state.beyond, prices.linear, prices.quadratic) if state else ()
     stage, final = ([part[i] for part in row] for i in range(2))
 
@@ -215,7 +217,7 @@ def _kkt_residual(model: Model, theta, prices: Any, x_init: Array, point: Point,
         value, g = model.cost(x, u, t, theta) + costate @ x_next, None
         if model.constraint is not None:
             g = model.constraint(x, u, t, theta)
-            value += jnp.sum(_row_terms(g, *stage))
+            value += jnp.sum(row_terms(g, *stage))
         return value, (x_next, g)
 
     def end(x):
@@ -224,7 +226,7 @@ def _kkt_residual(model: Model, theta, prices: Any, x_init: Array, point: Point,
             value += model.terminal_cost(x, theta)
         if model.final_constraint is not None:
             g = model.final_constraint(x, theta)
-            value += jnp.sum(_row_terms(g, *final))
+            value += jnp.sum(row_terms(g, *final))
         return value, g
 
     z = jnp.concatenate([x[:-1], u], axis=1)
@@ -260,7 +262,7 @@ def _lagrangian(model: Model, theta, prices: Any, x_init: Array, point: Point, s
         return value
     g = constraint_values(model, theta, x, u)
     row = multiplier, state.active, state.beyond, prices.linear, prices.quadratic
-    return value + augmented.total(jax.tree.map(_row_terms, g, *row))
+    return value + total(jax.tree.map(row_terms, g, *row))
 
 
 def _multipliers(model: Model, theta, prices: Prices, point: Point, state: RowState) -> Rows:
@@ -291,14 +293,6 @@ def _system(at: Linearization, prices: Any) -> list:
         return [at.hessian, at.F, at.C_final, None, at.gradient]
     C, C_final = priced(at.hessian, at.C_final, at.G, at.rows, prices)
     return [C, at.F, C_final, at.G, at.gradient]
-
-
-def priced(C, C_final, G: Rows, state: RowState, prices: Prices):
-    """C and C_final with the curvature of the prices of the rows with slack."""
-    weights = jax.tree.map(
-        lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
-    )
-    return add_squares(C, C_final, G, weights)
 
 
 def _attach_expansion(model: Model, state: Any, exact: bool):

@@ -16,13 +16,13 @@ from jax import Array, lax
 
 from jaxmpc import augmented, interior
 from jaxmpc.assessment import Assessment
-from jaxmpc.augmented import RowState
 from jaxmpc.batch import lanes
-from jaxmpc.expansions import Expansion
 from jaxmpc.interior import Interior
-from jaxmpc.model import Data, Prices
+from jaxmpc.problem.expansions import Expansion
+from jaxmpc.problem.prices import Prices, RowState
+from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.pivots import definite_threshold
-from jaxmpc.riccati.rows import Rows, add_pull, add_squares, along_rows
+from jaxmpc.riccati.rows import Rows, add_pull, add_squares, along_rows, largest
 from jaxmpc.riccati.sequential import Factors
 from jaxmpc.steps import Iterate, Step, backward_pass, merits, negative_direction, select
 from jaxmpc.types import Options
@@ -287,7 +287,7 @@ class _RowModel(NamedTuple):
 
     def enter(self, pieces) -> Interior:
         now, then = (
-            augmented.largest(jax.tree.map(jnp.abs, state.multiplier))
+            largest(jax.tree.map(jnp.abs, state.multiplier))
             for state in (self.here.rows, self.on(pieces))
         )
         # Those of pieces that were guessed in vain may be far too large.

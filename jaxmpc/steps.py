@@ -13,8 +13,8 @@ from jaxmpc import augmented
 from jaxmpc.augmented import Penalty
 from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp
-from jaxmpc.expansions import constraint_values, rollout, stage_costs, transition
-from jaxmpc.model import Data, Model
+from jaxmpc.problem.expansions import constraint_values, rollout, stage_costs, transition
+from jaxmpc.problem.problem import Data, Model
 from jaxmpc.riccati.pivots import definite_threshold, smallest_pivot
 from jaxmpc.riccati.sequential import Factors, gains, quadratic_form, value_hessian
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxmpc import problem, validation
+from jaxmpc import validation
 from jaxmpc.assessment import assess, tolerances
 from jaxmpc.batch import lanes
 from jaxmpc.box_qp import box_qp, clamped
-from jaxmpc.expansions import expand, first_order, hessians
-from jaxmpc.model import Data, Model
+from jaxmpc.problem.expansions import expand, first_order, hessians
+from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.trace import trace
 from jaxmpc.riccati.pivots import definite_threshold, masked_inverse
 from jaxmpc.riccati.sequential import factorize
 from jaxmpc.steps import Iterate, Step, apply, backward_pass, iterate, line_search, rounding
@@ -61,9 +62,7 @@ def ilqr_unrolled(
     """
     validation.check_options(options)
     validation.check_count("num_iterations", num_iterations, least=0)
-    model, data = problem.trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper
-    )
+    model, data = trace(cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper)
     return jax.jit(lambda data, options: _unroll(model, data, options, num_iterations))(
         data, options
     )

@@ -1,5 +1,6 @@
 """Something for every row of the constraints, and the products with their Jacobians G."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -48,3 +49,19 @@ def add_squares(C: Array, C_final: Array, G: Rows, weights: Rows) -> tuple[Array
     if G.final is not None:
         C_final = add(C_final, G.final, weights.final)
     return C, C_final
+
+
+def largest(rows: Rows) -> Array:
+    """The largest entry of all rows, of each problem."""
+    return _reduce(jnp.maximum, jnp.max, rows)
+
+
+def total(rows: Rows) -> Array:
+    """The sum over all rows, of each problem."""
+    return _reduce(jnp.add, jnp.sum, rows)
+
+
+def _reduce(combine, reduce, rows: Rows) -> Array:
+    parts = [] if rows.stage is None else [reduce(rows.stage, axis=(0, 1))]
+    parts += [] if rows.final is None else [reduce(rows.final, axis=0)]
+    return functools.reduce(combine, parts)

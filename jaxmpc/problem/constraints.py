@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from jaxmpc import validation
-from jaxmpc.model import Data, Layout, Model, Prices
+from jaxmpc.problem.prices import Prices
+from jaxmpc.problem.problem import Data, Layout, Model
 from jaxmpc.riccati.rows import Rows
 from jaxmpc.types import Constraints, Multipliers, Rate, Slack, Solution
 
@@ -20,13 +21,13 @@ _STAGE = ("inequality", "equality")
 _FINAL = ("terminal_inequality", "terminal_equality")
 
 
-def functions(constraints: Constraints) -> dict[str, Callable]:
+def constraint_functions(constraints: Constraints) -> dict[str, Callable]:
     """The user's functions, by the names that errors give them."""
     given = {f"constraints.{name}": getattr(constraints, name) for name in (*_STAGE, *_FINAL)}
     return {name: fn for name, fn in given.items() if fn is not None}
 
 
-def attach(
+def with_constraints(
     model: Model,
     data: Data,
     functions: dict[str, Callable],
@@ -185,7 +186,7 @@ def _pack(layout: Layout, mu: Multipliers, T: int, dtype) -> Rows:
     return Rows(*(jnp.concatenate(parts, axis=-1) if parts else None for parts in (stage, final)))
 
 
-def unpack(layout: Layout, rows: Rows) -> Multipliers:
+def named_multipliers(layout: Layout, rows: Rows) -> Multipliers:
     """Multipliers by the user's names."""
     found: dict[str, Array] = {}
 
@@ -215,6 +216,6 @@ def for_user(model: Model, solution: Solution) -> Solution:
             solution, x=solution.x[:, :n], costate=solution.costate[:, :n]
         )
     if model.constrained:
-        multipliers = unpack(layout, solution.multipliers)
+        multipliers = named_multipliers(layout, solution.multipliers)
         solution = dataclasses.replace(solution, multipliers=multipliers)
     return solution

@@ -8,17 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.batch import lanes, trailing
-from jaxmpc.riccati.rows import Rows
 
 Theta = Any  # {"params": ..., "constants": ...}
-
-
-class Prices(NamedTuple):
-    """What it costs to violate a row (``augmented``)."""
-
-    lower: Rows  # of the multiplier: 0 for inequalities, −∞ for equalities
-    linear: Rows  # ∞ for hard rows
-    quadratic: Rows
 
 
 class Layout(NamedTuple):

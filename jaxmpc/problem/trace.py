@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from jaxmpc import linear_quadratic, rows, validation
-from jaxmpc.linear_quadratic import Affine, Quadratic
-from jaxmpc.model import Data, Model
+from jaxmpc import validation
+from jaxmpc.problem import matrices
+from jaxmpc.problem.constraints import constraint_functions, with_constraints
+from jaxmpc.problem.matrices import Affine, Quadratic
+from jaxmpc.problem.problem import Data, Model
 
 
 def trace(
@@ -29,14 +31,14 @@ def trace(
         named["terminal_cost"] = terminal_cost
     if constraints is not None:
         validation.check_constraints(constraints)
-        named |= rows.functions(constraints)
+        named |= constraint_functions(constraints)
     T, m = u_init.shape
     given = []
     for name, fn in named.items():
         validation.check_callable(name, fn)
         if isinstance(fn, Affine if name == "dynamics" else Quadratic):
             given.append(name)
-            named[name] = linear_quadratic.checked(name, fn, x_init.shape[0], m, T)
+            named[name] = matrices.checked(name, fn, x_init.shape[0], m, T)
 
     dtype = jnp.result_type(x_init, u_init, u_lower, u_upper)
     while True:
@@ -73,7 +75,7 @@ def trace(
     if constraints is None:
         return model, data
     sizes = {name: traced[name][2].shape[0] for name in functions}
-    return rows.attach(model, data, functions, sizes, constraints)
+    return with_constraints(model, data, functions, sizes, constraints)
 
 
 _STAGE = jax.ShapeDtypeStruct((), jnp.int32)

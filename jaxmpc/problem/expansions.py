@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.model import Model, Theta
+from jaxmpc.problem.problem import Model, Theta
 from jaxmpc.riccati.rows import Rows, add_pull
 
 
