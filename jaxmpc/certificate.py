@@ -9,8 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc import augmented, validation
-from jaxmpc.assessment import assess
+from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve, priced
 from jaxmpc.problem.expansions import expand, hessians
 from jaxmpc.problem.prices import margins
@@ -21,7 +20,9 @@ from jaxmpc.riccati.kkt import adjoint_rhs, factorize, kkt_solve
 from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.rows import add_pull
 from jaxmpc.riccati.sequential import Point, Rhs
-from jaxmpc.steps import iterate
+from jaxmpc.solver import augmented
+from jaxmpc.solver.assessment import assess
+from jaxmpc.solver.iterate import iterate
 from jaxmpc.types import Constraints, Options, Solution, Status
 
 _INVERSE_ITERATIONS = 30

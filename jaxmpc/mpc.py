@@ -27,7 +27,6 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
-from jaxmpc.ilqr import Linearization, solver
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.expansions import (
     constraint_values,
@@ -45,6 +44,8 @@ from jaxmpc.riccati.constrained import ActiveRows, penalised
 from jaxmpc.riccati.kkt import adjoint_cotangent, adjoint_rhs, factorize, kkt_solve
 from jaxmpc.riccati.rows import Rows, total
 from jaxmpc.riccati.sequential import Point, Rhs
+from jaxmpc.solver.linearization import Linearization
+from jaxmpc.solver.loop import solver
 from jaxmpc.types import Constraints, Options, RiccatiMethod, Solution, Status
 
 

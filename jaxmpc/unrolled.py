@@ -9,15 +9,17 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
-from jaxmpc.assessment import assess, tolerances
 from jaxmpc.batch import lanes
-from jaxmpc.box_qp import box_qp, clamped
 from jaxmpc.problem.expansions import expand, first_order, hessians
 from jaxmpc.problem.problem import Data, Model
 from jaxmpc.problem.trace import trace
 from jaxmpc.riccati.pivots import definite_threshold, masked_inverse
 from jaxmpc.riccati.sequential import factorize
-from jaxmpc.steps import Iterate, Step, apply, backward_pass, iterate, line_search, rounding
+from jaxmpc.solver.assessment import assess, tolerances
+from jaxmpc.solver.backward import backward_pass
+from jaxmpc.solver.box_qp import box_qp, clamped
+from jaxmpc.solver.iterate import Iterate, iterate, rounding
+from jaxmpc.solver.line_search import Step, apply, line_search
 from jaxmpc.types import Options, Solution, Status
 
 

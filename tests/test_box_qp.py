@@ -10,8 +10,8 @@ import pytest
 from helpers import assert_close
 
 from jaxmpc.batch import lanes
-from jaxmpc.box_qp import box_qp
 from jaxmpc.riccati.pivots import masked_inverse, smallest_pivot
+from jaxmpc.solver.box_qp import box_qp
 
 COUNT = 60  # problems of one size, solved together
 FORMS = pytest.mark.parametrize("form", ["vmap", "lanes"])

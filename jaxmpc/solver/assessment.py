@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc import augmented
 from jaxmpc.batch import lanes
-from jaxmpc.box_qp import clamped
 from jaxmpc.problem.expansions import Expansion, FirstOrder, first_order
 from jaxmpc.problem.problem import Data
-from jaxmpc.steps import Iterate
+from jaxmpc.solver import augmented
+from jaxmpc.solver.box_qp import clamped
+from jaxmpc.solver.iterate import Iterate
 from jaxmpc.types import Options
 
 

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc.augmented import Penalty
 from jaxmpc.batch import lanes
 from jaxmpc.problem.prices import Prices
 from jaxmpc.riccati.rows import Rows, along_rows
+from jaxmpc.solver.augmented import Penalty
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
 _REDUCTION = 0.1  # of τ, by a full step

@@ -14,17 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxmpc import augmented, interior
-from jaxmpc.assessment import Assessment
 from jaxmpc.batch import lanes
-from jaxmpc.interior import Interior
+from jaxmpc.batch.select import select
 from jaxmpc.problem.expansions import Expansion
 from jaxmpc.problem.prices import Prices, RowState
 from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.rows import Rows, add_pull, add_squares, along_rows, largest
 from jaxmpc.riccati.sequential import Factors
-from jaxmpc.steps import Iterate, Step, backward_pass, merits, negative_direction, select
+from jaxmpc.solver import augmented, interior
+from jaxmpc.solver.assessment import Assessment
+from jaxmpc.solver.backward import backward_pass
+from jaxmpc.solver.interior import Interior
+from jaxmpc.solver.iterate import Iterate
+from jaxmpc.solver.line_search import Step
 from jaxmpc.types import Options
 
 _ALMOST = 1e-2  # of the size of a control, or the width of its bounds: so near is next to one
@@ -329,49 +332,3 @@ class _RowModel(NamedTuple):
             bend=-slope / 2,
         )
         return after, curved, inner
-
-
-def along_negative_curvature(
-    data: Data,
-    point: Iterate,
-    here: Assessment,
-    expanded: Expansion,
-    H: Array,
-    rho: Any,
-    factors: Factors,
-) -> Step:
-    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
-    direction of negative curvature, with the later stages answering by their feedback."""
-    T, _, *batch = point.u.shape
-    n = point.x.shape[1]
-    bad = ~(factors.curvature > definite_threshold(point.u.dtype))
-    last = T - 1 - jnp.argmax(bad[::-1], axis=0)
-    stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
-    if here.rows is not None:
-        G = expanded.G
-        weights = augmented.weights(here.rows, rho, data.prices, jnp.bool_(False))
-        H, _ = add_squares(H, expanded.C_final, G, weights)
-    at_last, later = stage == last, stage > last  # [T]
-
-    def pick(a):
-        """a[last], of each problem."""
-        here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
-        return jnp.sum(jnp.where(here, a, 0), axis=0)
-
-    B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
-    Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
-    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
-    lower, upper = pick(data.u_lower), pick(data.u_upper)
-    # Without bounds, the length at which the curvature would have used up the objective.
-    curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
-    curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(point, data.prices)), axis=0) / curvature)
-    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
-    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
-    # The longest step that keeps every control within its width.
-    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
-    move = jnp.where(direction == 0, 0, length * direction)
-    target = point.u + jnp.where(at_last[:, None], move, 0)
-    K = jnp.where(later[:, None, None], factors.K, 0)
-    zero = jnp.zeros(batch, point.u.dtype)
-    return Step(target, jnp.zeros_like(target), K, zero, zero)

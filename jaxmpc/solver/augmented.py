@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.batch import lanes
-from jaxmpc.box_qp import clamped
 from jaxmpc.problem.expansions import Expansion
 from jaxmpc.problem.prices import Prices, RowState
 from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.rows import Rows, largest
+from jaxmpc.solver.box_qp import clamped
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
 _GROWTH = 10.0

@@ -1,0 +1,86 @@
+"""Away from a saddle, along negative curvature."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmpc.batch import lanes
+from jaxmpc.problem.expansions import Expansion
+from jaxmpc.problem.problem import Data
+from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.rows import add_squares
+from jaxmpc.riccati.sequential import Factors
+from jaxmpc.solver import augmented
+from jaxmpc.solver.assessment import Assessment
+from jaxmpc.solver.iterate import Iterate, merits
+from jaxmpc.solver.line_search import Step
+
+
+def along_negative_curvature(
+    data: Data,
+    point: Iterate,
+    here: Assessment,
+    expanded: Expansion,
+    H: Array,
+    rho: Any,
+    factors: Factors,
+) -> Step:
+    """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
+    direction of negative curvature, with the later stages answering by their feedback."""
+    T, _, *batch = point.u.shape
+    n = point.x.shape[1]
+    bad = ~(factors.curvature > definite_threshold(point.u.dtype))
+    last = T - 1 - jnp.argmax(bad[::-1], axis=0)
+    stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
+    if here.rows is not None:
+        G = expanded.G
+        weights = augmented.weights(here.rows, rho, data.prices, jnp.bool_(False))
+        H, _ = add_squares(H, expanded.C_final, G, weights)
+    at_last, later = stage == last, stage > last  # [T]
+
+    def pick(a):
+        """a[last], of each problem."""
+        here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
+        return jnp.sum(jnp.where(here, a, 0), axis=0)
+
+    B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
+    Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
+    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
+    lower, upper = pick(data.u_lower), pick(data.u_upper)
+    # Without bounds, the length at which the curvature would have used up the objective.
+    curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
+    curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(point, data.prices)), axis=0) / curvature)
+    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
+    width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
+    # The longest step that keeps every control within its width.
+    length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
+    move = jnp.where(direction == 0, 0, length * direction)
+    target = point.u + jnp.where(at_last[:, None], move, 0)
+    K = jnp.where(later[:, None, None], factors.K, 0)
+    zero = jnp.zeros(batch, point.u.dtype)
+    return Step(target, jnp.zeros_like(target), K, zero, zero)
+
+
+def negative_direction(Q, free):
+    """A direction of negative curvature of Q on the free controls, where there is one.
+
+    That of the smallest eigenvalue, by powers of c − Q with c above the largest, from a start with
+    no symmetry. The matrix is small and squared in place: no LAPACK call.
+    """
+    m = free.shape[0]
+    both = free[:, None] & free[None, :]
+    bound = jnp.max(jnp.sum(jnp.where(both, jnp.abs(Q), 0), axis=1), axis=0)
+    bound = jnp.where(bound > 0, bound, 1)
+    tiny = jnp.finfo(Q.dtype).tiny
+    power = jnp.where(both, jnp.where(lanes.identity(m, bound.ndim), bound, 0) - Q, 0)
+
+    def square(_, power):
+        power = power / jnp.maximum(jnp.max(jnp.abs(power), axis=(0, 1)), tiny)
+        return lanes.matmul(power, power)
+
+    power = lax.fori_loop(0, 10, square, power)
+    start = jnp.cos(jnp.arange(m, dtype=Q.dtype)).reshape((m,) + (1,) * bound.ndim)
+    direction = jnp.sum(power * start, axis=1)
+    return direction / jnp.maximum(jnp.max(jnp.abs(direction), axis=0), tiny)

@@ -1,0 +1,104 @@
+"""The rollout of a step and the search for its length: the second half of Algorithm 2."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmpc.batch import lanes
+from jaxmpc.batch.select import select
+from jaxmpc.problem.expansions import transition
+from jaxmpc.problem.problem import Data, Model
+from jaxmpc.solver.iterate import Iterate, _iterate, merits
+
+_MAX_TRIES = 6  # step lengths tried in one search
+
+
+_SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
+
+
+class Step(NamedTuple):
+    """A proposal: u + α (target − u) + K dx, clipped to the bounds; target + K dx where the target
+    is nearer than α reach."""
+
+    target: Array  # [T, m]
+    reach: Array  # [T, m]
+    K: Array  # [T, m, n]
+    slope: Array  # the predicted change of the objective is α slope + α² bend
+    bend: Array
+
+
+class Search(NamedTuple):
+    """How a line search ended."""
+
+    accepted: Array
+    alpha: Array  # the last step length that was tried
+    noisy: Array  # the objective changed by rounding only
+    hopeless: Array  # if it failed: a shorter step would not succeed either
+
+
+def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
+    """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
+    transit, at = transition(model, data.theta, point.u)
+
+    def advance(x_new, stage):
+        u, target, reach, K, x, lower, upper, now = stage
+        # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
+        there = (alpha == 1) | (jnp.abs(target - u) < alpha * reach)
+        straight = jnp.where(there, target, u + alpha * (target - u))
+        u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
+        return transit(x_new, u_new, now), (x_new, u_new)
+
+    u, x = point.u, point.x
+    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, at)
+    x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
+    x_new = jnp.concatenate([x_new, x_final[None]])
+    return _iterate(model, data, u_new, x_new, point.penalty)
+
+
+def line_search(
+    model: Model,
+    data: Data,
+    point: Iterate,
+    step: Step,
+    escape: Array,
+    wanted: Array,
+    noise: Array,
+    decay: Array,
+) -> tuple[Iterate, Search]:
+    """Shorten the step until the objective falls; along negative curvature try both directions.
+
+    Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature;
+    ``noise`` is the size of rounding in the objective.
+    """
+    # Near a solution the decrease drowns in rounding before the residual does: take the full step,
+    # and let the next trip judge by the residual.
+    merit = merits(point, data.prices)
+    decrease = -(step.slope + step.bend)
+    drowned = ~escape & (decrease <= noise)
+    eps = jnp.finfo(noise.dtype).eps
+    hopeless = escape | (jnp.abs(decrease) <= eps * jnp.sum(jnp.abs(merit), axis=0))
+    max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
+
+    def unfinished(carry):
+        _, search, tries = carry
+        return wanted & ~search.accepted & (tries < max_tries)
+
+    def attempt(carry):
+        before, search, tries = carry
+        pair = (tries // 2).astype(noise.dtype)
+        both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
+        alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
+        new = apply(model, data, point, step, alpha)
+        change = jnp.sum(merits(new, data.prices) - merit, axis=0)
+        predicted = alpha * step.slope + alpha**2 * step.bend
+        enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
+        falls = jnp.where(escape, change < -noise, enough)
+        noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
+        after = new, Search(falls | noisy, alpha, noisy, hopeless)
+        return *select(unfinished(carry), after, (before, search)), tries + 1
+
+    no = jnp.zeros_like(wanted)
+    start = (point, Search(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
+    new, search, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
+    return new, search
