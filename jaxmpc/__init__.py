@@ -1,12 +1,13 @@
 """Differentiable model predictive control for JAX."""
 
-from jaxmpc.certificate import Certificate, GradientReport, certify, check_gradients
+from jaxmpc.certificate import Certificate, certify
 from jaxmpc.closed_loop import receding_horizon
-from jaxmpc.diagnosis import summarize
+from jaxmpc.gradient_check import GradientReport, check_gradients
 from jaxmpc.ilqr import ilqr_box
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.matrices import Affine, Quadratic
+from jaxmpc.summary import summarize
 from jaxmpc.types import (
     Constraints,
     Episode,

@@ -1,0 +1,91 @@
+"""Failed problems, kept apart: where there is no solution, another point stands in, and the
+gradient is what ``Options.unconverged`` says."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+
+
+@jax.custom_vjp
+def by_policy(tree, policy):
+    """The identity, with the derivative that ``Options.unconverged`` says."""
+    return tree
+
+
+def _by_policy_bwd(policy, cotangent):
+    used, blank = policy
+    return jax.tree.map(lambda a: jnp.where(used, a, blank), cotangent), None
+
+
+by_policy.defvjp(lambda tree, policy: (by_policy(tree, policy), policy), _by_policy_bwd)
+
+
+def zeros_unless(used: Array, tree):
+    return jax.tree.map(lambda a: jnp.where(used, a, 0), tree)
+
+
+@jax.custom_jvp
+def stand_in(solved: Array, tree):
+    """``tree``, but for a problem without a solution that of one in its batch that has one: any
+    constant is singular for somebody's cost. To first order the identity."""
+    return _borrow(solved, tree)
+
+
+@stand_in.defjvp
+def _stand_in_jvp(primals, tangents):
+    solved, tree = primals
+    some = _anywhere(solved)
+
+    def mask(tangent):  # Where no problem has a solution, nothing has a derivative.
+        return tangent if tangent.dtype == jax.dtypes.float0 else jnp.where(some, tangent, 0)
+
+    return stand_in(solved, tree), jax.tree.map(mask, tangents[1])
+
+
+@custom_vmap
+def _borrow(solved, tree):
+    """Ones where there is nobody to borrow from; under ``vmap``, what each problem has of its own
+    is replaced. What the batch shares stays shared: a copy per problem would not fit into memory.
+    """
+
+    def one(leaf):
+        inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        return jnp.where(solved, leaf, jnp.ones_like(leaf)) if inexact else leaf
+
+    return jax.tree.map(one, tree)
+
+
+@_borrow.def_vmap
+def _borrow_batched(size, batched, solved, tree):
+    solved_batched, tree_batched = batched
+    solved = solved if solved_batched else jnp.broadcast_to(solved, size)
+    first = jnp.min(jnp.where(solved, jnp.arange(size), size), initial=size)
+    donor = jnp.arange(size) == first
+
+    def pick(a):  # Of a batch that is spread over devices, an index would gather all of it.
+        if not jnp.issubdtype(a.dtype, jnp.number):
+            return a[jnp.argmax(donor)]
+        mine = jnp.where(donor.reshape(size, *[1] * (a.ndim - 1)), a, jnp.zeros((), a.dtype))
+        return jnp.sum(mine, 0, dtype=a.dtype)
+
+    lent = jax.tree.map(lambda a, own: pick(a) if own else a, tree, tree_batched)
+    lent = _borrow(jnp.any(solved), lent)  # an outer batch may have somebody
+
+    def one(leaf, lent, own):
+        if not own:
+            return lent
+        return jnp.where(solved.reshape(size, *[1] * (leaf.ndim - 1)), leaf, lent)
+
+    return jax.tree.map(one, tree, lent, tree_batched), tree_batched
+
+
+@custom_vmap
+def _anywhere(solved):
+    """Whether any problem of the batch has a solution: one value for all of it."""
+    return solved
+
+
+@_anywhere.def_vmap
+def _anywhere_batched(size, batched, solved):
+    return _anywhere(jnp.any(solved)), False
