@@ -22,7 +22,7 @@ by_policy.defvjp(lambda tree, policy: (by_policy(tree, policy), policy), _by_pol
 
 
 def zeros_unless(used: Array, tree):
-    return jax.tree.map(lambda a: jnp.where(used, a, 0), tree)
+    return jax.tree.map(lambda a: jnp.where(used, a, jnp.zeros_like(a)), tree)
 
 
 @jax.custom_jvp
