@@ -1,6 +1,7 @@
 """The gradients of ``mpc_solve`` in all inputs at once, against dense autodiff."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,24 @@ ALL = ["bang-bang pendulum", "pendulum at any angle", "cartpole with some bounds
 ALL += [pytest.param(case, marks=pytest.mark.slow) for case in CASES.keys() - set(ALL)]
 
 
-@pytest.mark.parametrize("case", sorted(ALL, key=str))
-def test_gradients_match_dense_autodiff_in_every_input(case):
-    system, control_weight, bound = CASES[case]
-    params = weighted(system, control_weight)
+@functools.cache
+def gradients_and_oracle(system):
+    """Compiled once for all weights and bounds."""
 
-    @jax.jit
-    @jax.vmap
-    def both(x_init):
+    def both(x_init, params, bound):
         inputs = inputs_of(system, params, bound, x_init)
         grad, solution = jax.grad(value, 1, has_aux=True)(system, inputs)
         want = oracle.gradient(loss, system.cost, system.dynamics, None, solution.u, inputs)
         return grad, want, solution
 
-    grad, want, solution = both(large_angles(system, 16))
+    return jax.jit(jax.vmap(both, (0, None, None)))
+
+
+@pytest.mark.parametrize("case", sorted(ALL, key=str))
+def test_gradients_match_dense_autodiff_in_every_input(case):
+    system, control_weight, bound = CASES[case]
+    params = weighted(system, control_weight)
+    grad, want, solution = gradients_and_oracle(system)(large_angles(system, 16), params, bound)
     assert np.all(np.asarray(solution.status) == Status.CONVERGED)
     shares = 1 - np.mean(solution.free, axis=(1, 2))
     if np.isfinite(bound) and bound < 100:

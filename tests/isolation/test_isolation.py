@@ -274,7 +274,13 @@ def test_shared_weights_have_no_gradient_per_problem_in_memory():
     assert [s for s in per_problem if 5 not in s] == []
 
 
-@pytest.mark.parametrize("tolerance", [None, 1e-30], ids=["default", "out of reach"])
+@pytest.mark.parametrize(
+    "tolerance",
+    [
+        pytest.param(None, id="default", marks=pytest.mark.slow),
+        pytest.param(1e-30, id="out of reach"),
+    ],
+)
 def test_what_waits_for_the_others_stays_what_it_was(tolerance):
     """In float32, where most searches end by rounding, each at a trip of its own."""
     params = pendulum.default_params(jnp.float32)

@@ -92,7 +92,10 @@ def solve(x, p, **options):
 X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2)))
 
 
-@pytest.mark.parametrize("p, axis", [(0.7, None), (jnp.array([0.7, 0.8, 0.9]), 0)])
+@pytest.mark.parametrize(
+    "p, axis",
+    [pytest.param(0.7, None, marks=pytest.mark.slow), (jnp.array([0.7, 0.8, 0.9]), 0)],
+)
 def test_a_checkpoint_inside_of_grad_inside_of_vmap(p, axis):
     def loss(p, x):
         return jnp.sum(solve(x, p).u ** 2)

@@ -247,9 +247,8 @@ def loss(out):
     return jnp.sum((out["u"] - weights) ** 2) + 0.3 * jnp.sum(jnp.sin(out["x"]))
 
 
-@pytest.mark.parametrize(
-    "method", [implicit_midpoint, *(pytest.param(m, marks=pytest.mark.slow) for m in (euler, rk4))]
-)
+@pytest.mark.slow  # a repetition: reverse over reverse through a scan is what a solver does
+@pytest.mark.parametrize("method", [implicit_midpoint, euler, rk4])
 def test_gradients_through_the_solver_match_dense_autodiff(method):
     dynamics = method(van_der_pol, 0.2)
 

@@ -12,16 +12,17 @@ from jaxmpc import Constraints, Status, certify, check_gradients, mpc_solve
 from jaxmpc.systems import pendulum
 
 
-def dense(system, inputs, u):
-    """The four numbers of a certificate that have a dense definition."""
+def derivatives(system, inputs, u):
+    """Gradient and Hessian of the objective in the controls."""
 
     def objective(u):
         return rolled_out(system.cost, system.dynamics, inputs["x_init"], u, inputs["params"])[0]
 
-    lower, upper = np.asarray(inputs["u_lower"]), np.asarray(inputs["u_upper"])
-    slope = np.asarray(jax.grad(objective)(u))
-    hessian = np.asarray(jax.hessian(objective)(u)).reshape(u.size, u.size)
-    u = np.asarray(u)
+    return jax.grad(objective)(u), jax.hessian(objective)(u).reshape(u.size, u.size)
+
+
+def dense(u, lower, upper, slope, hessian):
+    """The four numbers of a certificate that have a dense definition."""
     held = ((u <= lower) & (slope > 0)) | ((u >= upper) & (slope < 0))
     free = ~held.ravel()
     smallest = np.linalg.eigvalsh(hessian[np.ix_(free, free)])[0] if free.any() else np.inf
@@ -47,16 +48,14 @@ def test_certificates_match_dense_autodiff(case):
         inputs = inputs_of(system, params, bound, x_init)
         solution = solve(system, inputs)
         bounds = {name: inputs[name] for name in ("u_lower", "u_upper")}
-        return solution, certify(
-            system.cost, system.dynamics, x_init, solution, params, **bounds
-        )  # fmt: skip
+        certificate = certify(system.cost, system.dynamics, x_init, solution, params, **bounds)
+        return solution, certificate, derivatives(system, inputs, solution.u)
 
-    x_init = large_angles(system, 8)
-    solution, certificate = both(x_init)
+    solution, certificate, derived = both(large_angles(system, 8))
     assert (solution.status == Status.CONVERGED).all()
     for i in range(8):
-        inputs = inputs_of(system, params, bound, x_init[i])
-        want = dense(system, inputs, solution.u[i])
+        plan, slope, hessian = (np.asarray(a[i]) for a in (solution.u, *derived))
+        want = dense(plan, -bound, bound, slope, hessian)
         got = {name: float(getattr(certificate, name)[i]) for name in want}
         assert got.pop("kkt_residual") == pytest.approx(want.pop("kkt_residual"), abs=1e-12)
         # Inverse iteration is slow where the two smallest eigenvalues are close, and then harmless.

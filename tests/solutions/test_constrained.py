@@ -1,6 +1,7 @@
 """Constrained plans and multipliers against IPOPT."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ def test_plans_and_multipliers_are_those_of_ipopt(name):
     assert np.all(np.asarray(solutions.status) == Status.CONVERGED)
     assert np.max(solutions.violation) <= 1e-9
     kinds = set()
+
+    @jax.jit
+    def facts(*point):
+        return kkt_errors(problem, *point), active_set(problem, *point, margin=0)
+
     for i, x_init in enumerate(problem.x_init):
         solution, inputs = lane(solutions, i), problem.at(x_init)
         # Both start from the same plan; without that, they may find different local minima.
@@ -48,9 +54,8 @@ def test_plans_and_multipliers_are_those_of_ipopt(name):
         multipliers = as_dict(solution.multipliers)
         scale = max(np.max(np.abs(nu)) for nu in want.multipliers.values())
         assert_close(multipliers, want.multipliers, 1e-6, scale=scale)
-        errors = kkt_errors(problem, inputs, solution.u, multipliers)
+        errors, active = facts(inputs, solution.u, multipliers)
         assert max(map(float, errors.values())) <= 1e-8, errors
-        active = active_set(problem, inputs, solution.u, multipliers, margin=0)
         assert_close(~solution.free, active.at_lower | active.at_upper, 0)
         kinds |= {kind for kind in ("held", "paid") if _any(getattr(active, kind))}
         kinds |= {"bounds"} if np.any(~solution.free) else set()
@@ -80,6 +85,7 @@ def test_a_disc_in_the_way():
         return jax.jit(jax.vmap(plan))(jnp.asarray(SWERVE.x_init, dtype))
 
     solutions, low = plans(jnp.float64), plans(jnp.float32)
+    errors_of = jax.jit(functools.partial(kkt_errors, SWERVE))
     assert np.all(solutions.status == Status.CONVERGED)
     # Where multipliers are large, a penalty makes much of the rounding of what it multiplies.
     assert np.all(low.status == Status.CONVERGED)
@@ -92,7 +98,7 @@ def test_a_disc_in_the_way():
         assert np.max(want.multipliers["inequality"]) > 30
         assert_close(solution.u, want.u, 1e-6)
         assert_close(solution.objective, want.objective, 1e-9)
-        errors = kkt_errors(SWERVE, inputs, solution.u, as_dict(solution.multipliers))
+        errors = errors_of(inputs, solution.u, as_dict(solution.multipliers))
         assert max(map(float, errors.values())) <= 1e-7, errors
 
 

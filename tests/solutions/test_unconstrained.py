@@ -166,7 +166,6 @@ def test_a_float32_problem_ends_converged_or_with_nothing_left_to_gain(system):
     solutions = [solve(model_of(system), some, Options()) for some in inputs]
     assert {s.u.dtype for s in solutions} == {np.dtype("float32")}
     status = np.concatenate([s.status for s in solutions])
-    print(np.bincount(status), max(s.iterations.max() for s in solutions))
     assert np.all((status == Status.CONVERGED) | (status == Status.STALLED))
     assert np.mean(status == Status.CONVERGED) > 0.95
 

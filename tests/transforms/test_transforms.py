@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from helpers import assert_close
 from jax.sharding import NamedSharding, PartitionSpec
@@ -137,8 +136,6 @@ def test_dtypes_are_promoted_together():
 
 
 def test_a_sharded_batch_gives_the_same_results_where_it_lies():
-    if len(jax.devices()) < 2:
-        pytest.skip("needs several devices")
     mesh = jax.make_mesh(
         (len(jax.devices()),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)
     )
@@ -173,4 +170,15 @@ def test_integer_leaves_and_none_in_params_pass_through():
                       {**params, "weight": weight})  # fmt: skip
         return jnp.sum(s.u)
 
-    assert np.isfinite(jax.grad(run)(2.0)) and jax.grad(run)(2.0) != 0
+    # With stage costs w |x|² + |u|² and x⁺ = x + u, three Riccati steps for each entry.
+    def plan(weight):
+        gains, value = [], 0.0
+        for _ in range(3):
+            gains.append(-value / (1 + value))
+            value = weight + value / (1 + value)
+        x, total = 1.0, 0.0
+        for gain in reversed(gains):
+            total, x = total + gain * x, x + gain * x
+        return 2 * total  # of both entries
+
+    assert_close(jax.grad(run)(2.0), jax.grad(plan)(2.0), 1e-9)
