@@ -52,6 +52,11 @@ def _of_either(name):
 sin, cos, sqrt, exp = map(_of_either, ("sin", "cos", "sqrt", "exp"))
 
 
+def like(x, t):
+    """The index t as a number of the same kind as x."""
+    return t if isinstance(x, ca.SX) else jnp.asarray(t, x.dtype)
+
+
 def stack(entries):
     symbolic = any(isinstance(entry, ca.SX) for entry in entries)
     return ca.vertcat(*entries) if symbolic else jnp.stack(entries)
@@ -246,7 +251,7 @@ def driven_dynamics(x, u, t, params):
 
 
 def driven_cost(x, u, t, params):
-    return pendulum_cost(x, u, t, params) + 0.1 * u[1] ** 2 + 0.01 * t * x[0]
+    return pendulum_cost(x, u, t, params) + 0.1 * u[1] ** 2 + 0.01 * like(x, t) * x[0]
 
 
 def shared_load(x, u, t, params):
@@ -348,7 +353,7 @@ def car_dynamics(x, u, t, params):
 
 
 def car_cost(x, u, t, params):
-    s = 0.1 * t
+    s = 0.1 * like(x, t)
     on_the_road = 5 * ((x[0] - s) ** 2 + (x[1] - sin(s)) ** 2) + 0.5 * (x[2] - cos(s)) ** 2
     return on_the_road + 0.5 * (x[3] - 1) ** 2 + 0.05 * u[0] ** 2 + 0.5 * u[1] ** 2
 
@@ -622,7 +627,7 @@ def kkt_errors(problem, inputs, u, multipliers):
             linear, quadratic = _weights(inputs, name, row)
             errors[name] = nu - jnp.clip(nu + row, 0, linear + quadratic * jnp.maximum(row, 0))
         elif name == "rate":
-            limit = inputs["rate"]["limit"]
+            limit = jnp.broadcast_to(inputs["rate"]["limit"], row.shape)
             errors[name] = row - jnp.clip(row + nu, -limit, limit)
         else:
             errors[name] = row
@@ -668,7 +673,8 @@ def gradient(loss, problem, u, multipliers, inputs):
         for name, row in rows(problem, inputs, x, u).items():
             nu = released = multipliers[name]
             if name == "rate":
-                limit, sign = inputs["rate"]["limit"], jnp.sign(unravel(flat_at)[1]["rate"])
+                limit = jnp.broadcast_to(inputs["rate"]["limit"], row.shape)
+                sign = jnp.sign(unravel(flat_at)[1]["rate"])
                 row -= jnp.where(held[name], sign, 0) * jnp.where(held[name], limit, 0)
             if name in paid:
                 linear, quadratic = _weights(inputs, name, row)

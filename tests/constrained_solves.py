@@ -42,11 +42,11 @@ def solve(problem, inputs, options=Options(), u_init=None, multipliers=None):
 
 def loss(out):
     """Of everything that is differentiable, with no symmetry to hide behind."""
-    wave = jnp.cos(jnp.arange(out["u"].size)).reshape(out["u"].shape)
+    wave = jnp.cos(jnp.arange(out["u"].size, dtype=out["u"].dtype)).reshape(out["u"].shape)
     total = jnp.sum((out["u"] - wave) ** 2) + 0.3 * jnp.sum(jnp.sin(out["x"]))
     total += 0.1 * jnp.sum(jnp.cos(out["costate"])) + 0.2 * out["objective"]
     for name, nu in out["multipliers"].items():
-        wave = jnp.cos(len(name) + jnp.arange(nu.size)).reshape(nu.shape)
+        wave = jnp.cos(len(name) + jnp.arange(nu.size, dtype=nu.dtype)).reshape(nu.shape)
         total += 0.3 * jnp.sum(wave * jnp.sin(nu))
     return total
 

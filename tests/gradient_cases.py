@@ -27,7 +27,7 @@ def large_angles(system, num):
 
 def loss(out):
     """Of everything that is differentiable, with no symmetry to hide behind."""
-    weights = jnp.cos(jnp.arange(out["u"].size)).reshape(out["u"].shape)
+    weights = jnp.cos(jnp.arange(out["u"].size, dtype=out["u"].dtype)).reshape(out["u"].shape)
     return (
         jnp.sum((out["u"] - weights) ** 2)
         + 0.3 * jnp.sum(jnp.sin(out["x"]))

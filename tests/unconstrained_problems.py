@@ -91,6 +91,7 @@ def derivatives(model):
 
 
 def facts(model, inputs, u):
+    u = np.asarray(u)
     # The linear algebra is NumPy's: two batched LAPACK calls in one XLA program can block
     # each other for ever where there are few cores.
     arrays = jax.tree.map(np.asarray, derivatives(model)(inputs, u))

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from jaxmpc.batch import lanes
+from jaxmpc.riccati import sequential
 from jaxmpc.riccati.pivots import masked_inverse
 from jaxmpc.riccati.sequential import Factors, Point, Rhs, quadratic_form, riccati_stage
 
@@ -98,6 +99,7 @@ def _cost_to_go_jvp(primals, tangents):
     return V, _recursion_back(_congruence, closed, moved)
 
 
+@lanes.any_rank
 def _associative_riccati(C, F, C_final, free):
     """V by the scan alone."""
     n = C_final.shape[0]
@@ -154,7 +156,7 @@ def _solve(matrix, rhs):
         column = lax.dynamic_index_in_dim(M, k, axis=1)
         pivot = jnp.argmax(jnp.where(index >= k, jnp.abs(column[:, 0]), -1))
         # Swap rows by a change of rank one: no gathers.
-        swap = here - (index == pivot)
+        swap = here - (index == pivot).astype(M.dtype)
         M -= swap[:, None] * jnp.sum(swap[:, None] * M, axis=0)
         row = lax.dynamic_index_in_dim(M, k, axis=0)
         column = lax.dynamic_index_in_dim(M, k, axis=1)

@@ -212,7 +212,7 @@ MPC_ERRORS = {
         "dynamics must return one array, got NoneType",
     ),
     "dynamics complex": (
-        dict(dynamics=lambda x, u, t, params: 1j * x),
+        dict(dynamics=lambda x, u, t, params: jax.lax.complex(x, x)),
         TypeError,
         "dynamics must return floating-point values, got dtype complex128",
     ),

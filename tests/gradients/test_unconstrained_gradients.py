@@ -73,7 +73,11 @@ class Network:
 
     @staticmethod
     def cost(x, u, t, params):
-        return jnp.sum(jnp.sqrt(1 + (x - params["goal"]) ** 2)) + 1.5 * u @ u + 0.01 * t * x[0]
+        return (
+            jnp.sum(jnp.sqrt(1 + (x - params["goal"]) ** 2))
+            + 1.5 * u @ u
+            + 0.01 * t.astype(x.dtype) * x[0]
+        )
 
     @staticmethod
     def terminal_cost(x, params):

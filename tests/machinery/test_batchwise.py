@@ -190,7 +190,7 @@ def test_three_levels(small):
 
 def test_keys_integers_and_bools():
     def draw(key, i, flag):
-        return jnp.where(flag, jax.random.normal(key) * i, 0), i, flag, key
+        return jnp.where(flag, jax.random.normal(key) * i.astype(float), 0.0), i, flag, key
 
     f = batchwise(draw, lambda size, batched, *args: jax.vmap(draw)(*args))
     args = jax.random.split(jax.random.key(1), 8), jnp.arange(8), jnp.arange(8) % 2 == 0

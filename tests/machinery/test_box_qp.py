@@ -20,6 +20,7 @@ FORMS = pytest.mark.parametrize("form", ["vmap", "lanes"])
 @functools.cache
 def in_form(function, form):
     """``function`` on a batch, compiled; with the batch on the last axis if the form is "lanes"."""
+    function = lanes.any_rank(function)
     if form == "vmap":
         return jax.jit(jax.vmap(function))
     many = lanes.last(function, lambda Q, q, *_: (0, q.shape[0]))

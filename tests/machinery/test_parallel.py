@@ -167,7 +167,11 @@ def test_float32_is_as_accurate_as_the_sequential_solve(system):
     def error(solution):
         return {
             name: np.max(np.abs(a - b)) / np.max(np.abs(b))
-            for name, a, b in zip("xulKk", *map(jax.tree.leaves, (solution, truth)), strict=True)
+            for name, a, b in zip(
+                "xulKk",
+                *(map(np.asarray, jax.tree.leaves(s)) for s in (solution, truth)),
+                strict=True,
+            )
         }
 
     got, reference = error(solve(problem, free)), error(solve(problem, free, "sequential"))

@@ -40,7 +40,9 @@ FUNCTIONS = {
     ),
     "long sum": lambda x, p: jnp.sum(jnp.outer(jnp.tile(x, 9), p)),
     "products": lambda x, p: (x @ p, p @ x, jnp.outer(x, x) @ jnp.outer(p, x), x @ x),
-    "three axes": lambda x, p: jnp.einsum("ijk,kl->jli", jnp.ones((2, 3, N)) * x, jnp.outer(p, x)),
+    "three axes": lambda x, p: jnp.einsum(
+        "ijk,kl->jli", jnp.ones((2, 3, N)) * x[None, None], jnp.outer(p, x)
+    ),
     "paired axes": lambda x, p: jnp.einsum("bi,bij->bj", jnp.outer(p, x), jnp.ones((N, N, 2))),
     "wide layer": lambda x, p: jnp.tanh(jnp.ones((40, N)) @ x) @ jnp.ones((40, 2)) * p[0],
     "where": lambda x, p: jnp.where(x[0] > 0, x, p) + jnp.where(x > p, 1.0, x),
@@ -55,8 +57,8 @@ FUNCTIONS = {
     "solve": lambda x, p: jnp.linalg.solve(jnp.eye(N) * 3 + jnp.outer(x, p), x),
     "custom rules": lambda x, p: cube(x) + cube(p) + jax.nn.relu(p) + jax.nn.softplus(x),
     "jit and checkpoint": lambda x, p: jax.jit(jax.checkpoint(lambda x: jnp.sin(x) * p))(x),
-    "integers": lambda x, p: (jnp.floor(x).astype(int) % 3, jnp.arange(3) * p),
-    "complex": lambda x, p: jnp.abs(x + 1j * p),
+    "integers": lambda x, p: (jnp.floor(x).astype(int) % 3, jnp.arange(3).astype(float) * p),
+    "complex": lambda x, p: jnp.abs(lax.complex(x, p)),
     "a key": lambda x, p: x * jax.random.normal(jax.random.key(3), (N,)) * p,
     "callbacks": printing,
     "gradient": lambda x, p: jax.grad(lambda x: jnp.linalg.norm(x) * jnp.tanh(x @ p))(x),

@@ -212,7 +212,8 @@ def test_dtype_is_kept_under_strict_promotion(method, dtype):
 
 
 def test_a_wider_parameter_widens_the_result(method):
-    out = method(van_der_pol, 0.1)(X.astype(jnp.float32), U, 0, PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        out = method(van_der_pol, 0.1)(X.astype(jnp.float32), U, 0, PARAMS)
     assert out.dtype == jnp.float64
 
 

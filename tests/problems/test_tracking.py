@@ -146,7 +146,7 @@ def test_across_the_cut_the_way_is_short(angle_error):
 
 
 def moving_task():
-    stages = jnp.arange(T + 1)
+    stages = jnp.arange(T + 1.0)
     return Tracking(
         x_ref=jnp.stack((3 + 0.2 * jnp.sin(stages), 0.1 * stages), axis=1),
         u_ref=jnp.cos(jnp.arange(T))[:, None],

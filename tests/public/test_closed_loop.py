@@ -21,7 +21,7 @@ BOUNDS = dict(u_lower=-2.0, u_upper=2.0)
 def plant(x, u, t, params):
     """Other physics than the model's, and a disturbance that knows the time."""
     heavier = params._replace(physics=params.physics._replace(m=params.physics.m * 1.2))
-    return pendulum.dynamics(x, u, t, heavier) + jnp.array([0.0, 0.0, 0.01]) * t
+    return pendulum.dynamics(x, u, t, heavier) + jnp.array([0.0, 0.0, 0.01]) * jnp.asarray(t, float)
 
 
 def episode(g=10.0, x_init=X_INIT, plant=plant):
@@ -114,7 +114,8 @@ def test_the_rate_counts_from_the_control_that_was_applied():
     assert np.all(np.asarray(episode.status) == Status.CONVERGED)
     # Warm-started multipliers: later solves take fewer iterations than the first.
     assert max(episode.iterations[1:]) < episode.iterations[0]
-    changes = jnp.abs(jnp.diff(jnp.concatenate([previous[None], episode.u]), axis=0))
+    changes = np.abs(np.diff(np.concatenate([previous[None], episode.u]), axis=0))
+    limit = np.asarray(limit)
     assert np.all(changes <= limit[0] + 1e-8)
     assert np.any(changes >= limit[0] - 1e-8)
     assert np.all(episode.x[3:-1, 1] <= fastest + 1e-8)  # t is the episode's

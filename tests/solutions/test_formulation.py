@@ -125,7 +125,7 @@ def test_matrices_give_the_plan_and_gradients_of_the_dense_problem():
     )
     assert np.all(np.asarray(solution.status) == Status.CONVERGED)
     assert 0 < np.mean(solution.free) < 1
-    residual = jnp.clip(solution.u - gradient, -bound, bound) - solution.u
+    residual = jnp.clip(solution.u - gradient, -bound[None], bound[None]) - solution.u
     assert float(jnp.max(jnp.abs(residual))) <= 1e-9
     # Of C only the symmetric part counts, and so has its gradient.
     for name in ("C", "C_final"):

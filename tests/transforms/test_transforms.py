@@ -130,8 +130,9 @@ def test_float32_stays_float32_under_strict_promotion():
 
 def test_dtypes_are_promoted_together():
     x_init = starts(1)[0].astype(jnp.float32)
-    s = mpc_solve(lambda x, u, t, p: p * x @ x + u @ u, lambda x, u, t, p: x + u[0], x_init,
-                  jnp.zeros((T, 1), jnp.float32), jnp.float64(2.0))  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):
+        s = mpc_solve(lambda x, u, t, p: p * x @ x + u @ u, lambda x, u, t, p: x + u[0], x_init,
+                      jnp.zeros((T, 1), jnp.float32), jnp.float64(2.0))  # fmt: skip
     assert s.u.dtype == s.x.dtype == s.K.dtype == jnp.float64
 
 
