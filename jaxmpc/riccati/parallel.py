@@ -70,10 +70,10 @@ def _cost_to_go(C: Array, F: Array, C_final: Array, free: Array) -> Array:
     gap = jnp.abs(factors.V - V[:-1])
     holds = jnp.all(gap <= _tolerance(V.dtype) * size[:, :, None] * size[:, None, :])
 
-    def sequential(C, F, C_final, free):
+    def stage_by_stage(C, F, C_final, free):
         return sequential.factorize(C, F, C_final, free).V
 
-    return _replaced_by(sequential)(~holds, V, (C, F, C_final, free))
+    return _replaced_by(stage_by_stage)(~holds, V, (C, F, C_final, free))
 
 
 @_cost_to_go.defjvp
