@@ -9,9 +9,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch import lanes
 from jaxmpc.certificate import Certificate, certify
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.types import Constraints, Options, Status
+
+_ROUNDINGS = 1e3  # of the loss, that a re-solved problem may be off by
+_JUMP = 0.01  # of the plan's size: a step of a millionth does not move a smooth plan so far
+_KINK = 0.1  # one-sided differences that disagree by this share are no rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +149,9 @@ def check_gradients(
         cost, dynamics, inputs["x_init"], solution, params, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints,
     )  # fmt: skip
-    eps = float(jnp.finfo(solution.u.dtype).eps)
+    eps = lanes.eps(solution.u)
     step = eps ** (1 / 3) if step is None else step
-    rtol = (1e-3 if eps < 1e-12 else 2e-2) if rtol is None else rtol
+    rtol = (1e-3 if lanes.is_wide(solution.u) else 2e-2) if rtol is None else rtol
 
     checks = []
     leaves, tree = jax.tree_util.tree_flatten_with_path(inputs)
@@ -173,7 +178,7 @@ def check_gradients(
         difference = (above - below) / (2 * step)
         scale = max(abs(gradient), abs(difference))
         # What rounding and the solver's tolerance leave of a difference.
-        noise = 1e3 * eps * max(1.0, abs(value)) / step
+        noise = _ROUNDINGS * eps * max(1.0, abs(value)) / step
         ok = abs(gradient - difference) <= rtol * scale + noise
         reason = "" if ok else _reason(solution, before, after, sides, difference, scale)
         name = jax.tree_util.keystr(path[1:])
@@ -190,7 +195,7 @@ def _reason(solution, before, after, sides, difference, scale) -> str:
         return f"not converged {where} ({failed[0].name})"
     reach = max(float(jnp.max(jnp.abs(s.u - solution.u))) for s in (before, after))
     size = float(jnp.max(jnp.abs(solution.u))) + 1.0
-    if reach > 0.01 * size:
+    if reach > _JUMP * size:
         return "the plan jumps: another local minimum, or discontinuous cost or dynamics"
     changed = np.argwhere(
         np.asarray((before.free != solution.free) | (after.free != solution.free))
@@ -198,6 +203,6 @@ def _reason(solution, before, after, sides, difference, scale) -> str:
     if len(changed):
         t, i = changed[0]
         return f"degenerate: u[{t}, {i}] comes free or is clamped within the step"
-    if abs(sides[0] - sides[1]) > 0.1 * max(scale, abs(difference)):
+    if abs(sides[0] - sides[1]) > _KINK * max(scale, abs(difference)):
         return "a kink in cost or dynamics at the plan"
     return "no kink, no jump: is a derivative of cost or dynamics defined by hand?"

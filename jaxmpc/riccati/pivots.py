@@ -7,7 +7,8 @@ from jax import lax
 
 from jaxmpc.batch import lanes
 
-# Up to this many controls the elimination of one stage is unrolled at trace time.
+# Up to this many controls the elimination of one stage is unrolled at trace time: faster to run,
+# but what is unrolled has to be compiled.
 _MAX_UNROLLED = 8
 
 
@@ -76,4 +77,4 @@ def _sweep(A, k):
 
 def definite_threshold(dtype) -> float:
     """Pivots below this share of the terms they were computed from have no sign."""
-    return 16 * float(jnp.finfo(dtype).eps)
+    return 16 * lanes.eps(dtype)

@@ -5,15 +5,17 @@
 by projected Newton (Tassa, Mansard and Todorov 2014, section IV), in closed form for one control.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import masked_inverse
 
-_ARMIJO = 0.1
+_ARMIJO = 0.1  # as in the source
 _MAX_BACKTRACKS = 20
+_MAX_STEPS = (
+    10  # a control: each can change sides several times; beyond, it is rounding that cycles
+)
 
 
 def box_qp(Q, q, lower, upper, scale):
@@ -84,7 +86,7 @@ def _projected_newton(Q, q, lower, upper, scale):
 
     def cond(carry):
         *_, done, iteration = carry
-        return ~jnp.all(done) & (iteration < 10 * m)
+        return ~jnp.all(done) & (iteration < _MAX_STEPS * m)
 
     def body(carry):
         *before, done, iteration = carry
@@ -97,7 +99,7 @@ def _projected_newton(Q, q, lower, upper, scale):
         same = jnp.all(clamped(lanes.matvec(Q, trial) + q, trial, lower, upper) == ~free, axis=0)
         ended = (inside & same) | jnp.all((trial == d) | jnp.isnan(trial), axis=0)
         after = trial, inverse, free
-        kept = jax.tree.map(lambda a, b: jnp.where(done, a, b), tuple(before), after)
+        kept = lanes.select(done, tuple(before), after)
         return *kept, done | ended, iteration + 1
 
     start = jnp.clip(jnp.zeros_like(q), lower, upper)
