@@ -18,9 +18,9 @@ MAY_IMPORT = {
     "solver": ["batch", "riccati", "types", "validation", "problem"],
     "derivative": ["batch", "riccati", "types", "validation", "problem", "solver.linearization"],
     # For writing problems: without any solver.
-    "integrators": ["validation"],
+    "integrators": ["batch", "validation"],
     "tracking": ["validation"],
-    "systems": ["validation", "integrators", "tracking"],
+    "systems": ["batch", "validation", "integrators", "tracking"],
 }
 INNER = ["batch", "riccati", "problem", "solver", "derivative"]
 # All other files are public calls: they import whatever is above, and one another.
