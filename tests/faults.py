@@ -68,7 +68,8 @@ FAULTS = [
     ),
     Fault(
         "what a function closes over counts as a constant", "problem/trace.py",
-        "core.ClosedJaxpr(closed.jaxpr, constants)", "core.ClosedJaxpr(closed.jaxpr, closed.consts)",
+        "core.ClosedJaxpr(closed.jaxpr, constants)",
+        "core.ClosedJaxpr(closed.jaxpr, closed.consts)",
         "tests/transforms/test_transforms.py",
     ),
     Fault(
@@ -189,7 +190,8 @@ FAULTS = [
     ),
     Fault(
         "the costate is that of the stage before", "problem/expansions.py",
-        "costate = c + lanes.matvec_t(A, costate)", "costate = c - lanes.matvec_t(A, costate)", PLANS,
+        "costate = c + lanes.matvec_t(A, costate)",
+        "costate = c - lanes.matvec_t(A, costate)", PLANS,
     ),
     Fault(
         "the quadratic cost is doubled", "problem/matrices.py",
