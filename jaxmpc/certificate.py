@@ -9,17 +9,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc.problem.expansions import expand, hessians
-from jaxmpc.problem.prices import margins, priced
-from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.prices import add_curvature, margins
+from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.trace import trace
-from jaxmpc.riccati.constrained import ActiveRows, penalised
-from jaxmpc.riccati.kkt import adjoint_rhs, factorize, kkt_solve
+from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual
+from jaxmpc.riccati.kkt import SEQUENTIAL, adjoint_rhs, kkt_solve
 from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.point import Point, Rhs, Rows, z_of
 from jaxmpc.riccati.rows import add_pull
-from jaxmpc.riccati.sequential import Point, Rhs
 from jaxmpc.solver import augmented
 from jaxmpc.solver.assessment import assess
-from jaxmpc.solver.iterate import iterate
+from jaxmpc.solver.iterate import new_iterate
 from jaxmpc.types import Constraints, Solution
 
 _INVERSE_ITERATIONS = 30
@@ -89,61 +89,53 @@ def certify(
     """
     if constraints is not None:
         constraints = dataclasses.replace(constraints, multipliers=solution.multipliers)
-    model, data = trace(
-        cost, dynamics, x_init, solution.u, params, terminal_cost, u_lower, u_upper, constraints
-    )
-    return jax.jit(_certify, static_argnums=0)(model, lax.stop_gradient(data))
+    problem, data, _ = trace(
+        cost, dynamics, x_init, solution.u, params, terminal_cost=terminal_cost, u_lower=u_lower,
+        u_upper=u_upper, constraints=constraints,
+    )  # fmt: skip
+    return jax.jit(_certify, static_argnums=0)(problem, lax.stop_gradient(data))
 
 
-def _certify(model: Model, data: Data) -> Certificate:
-    at = iterate(model, data, data.u_init)
-    expanded = expand(model, data.theta, at.x, at.u)
-    constrained = at.penalty is not None
-    if constrained:
-        penalty, (largest_rho, _) = augmented.begin(at.penalty, expanded)
-        at = at._replace(penalty=penalty)
+def _certify(problem: Problem, data: Data) -> Certificate:
+    at = new_iterate(problem, data, data.u_init)
+    expanded = expand(problem, data.theta, at.x, at.u)
+    penalty, (largest_rho, _) = augmented.begin(at.penalty, expanded)
+    at = at._replace(penalty=penalty)
     here = assess(data, at, expanded)
-    nu = here.rows.multiplier if constrained else None
-    H, C_final = hessians(model, data.theta, at.x, at.u, expanded, here.first.costate, nu)
-    F = expanded.F
-    free, lower, upper = ~here.held, data.u_lower, data.u_upper
-    rows = None
-    matrices = H, C_final
-    if constrained:
-        rows = ActiveRows(expanded.G, here.rows.active, largest_rho)
-        H, C_final = priced(H, C_final, expanded.G, here.rows, data.prices)
-        matrices = penalised(H, C_final, rows)
-    factors = factorize(matrices[0], F, matrices[1], free)
-    system = factors, H, F, C_final, free, rows
+    state, costate = here.state, here.first.costate
+    H, C_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, state.multiplier)
+    H, C_final = add_curvature(H, C_final, expanded.G, state, data.prices)
+    free, lower, upper = ~here.clamped, data.u_lower, data.u_upper
+    rows = ActiveRows(expanded.G, state.active, largest_rho)
+    C, C_final_penalised = penalised(H, C_final, rows)
+    factors = SEQUENTIAL.factorize(C, expanded.F, C_final_penalised, free)
+    system = System(factors, H, expanded.F, C_final, free, rows)
 
     multiplier = jnp.where(free | (lower == upper), jnp.inf, jnp.abs(here.gradient))
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
-    multiplier, slack = jnp.min(multiplier), jnp.min(slack)
-    if constrained:
-        of_rows = margins(at.g, here.rows, data.prices)
-        multiplier, slack = jnp.minimum(multiplier, of_rows[0]), jnp.minimum(slack, of_rows[1])
+    of_rows = margins(at.g, state, data.prices)
     return Certificate(
         kkt_residual=here.kkt_residual,
-        multiplier=multiplier,
-        slack=slack,
+        multiplier=jnp.minimum(jnp.min(multiplier), of_rows[0]),
+        slack=jnp.minimum(jnp.min(slack), of_rows[1]),
         curvature=_smallest_curvature(system, at.u),
         adjoint_residual=_adjoint_residual(system, at.x, at.u),
     )
 
 
-def _smallest_curvature(system, u: Array) -> Array:
+def _smallest_curvature(system: System, u: Array) -> Array:
     """The smallest eigenvalue of the reduced Hessian R = ∇²_u J on the free controls.
 
     A plan from rest that pays the linear term −b on its controls is R⁻¹ b: one back substitution.
     """
     factors, H, F, C_final, free, rows = system
     n = C_final.shape[0]
-    rest = jnp.zeros(n, u.dtype)
+    rest, none = jnp.zeros(n, u.dtype), _none(rows)
 
     def inverse(b):
         c = jnp.zeros(H.shape[:2], u.dtype).at[:, n:].set(-b)
-        rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest, g=_zeros(rows))
-        return kkt_solve(*system, rhs).u
+        rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest, g=none)
+        return kkt_solve(SEQUENTIAL, system, rhs).u
 
     def unit(v):
         return v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(u.dtype).tiny)
@@ -158,45 +150,31 @@ def _smallest_curvature(system, u: Array) -> Array:
     return jnp.where(jnp.any(free), found, jnp.inf)
 
 
-def _zeros(rows: ActiveRows | None):
+def _none(rows: ActiveRows) -> Rows:
     """A right-hand side of 0 for every row."""
-    return (
-        None
-        if rows is None
-        else jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
-    )
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
 
 
-def _adjoint_residual(system, x: Array, u: Array) -> Array:
+def _adjoint_residual(system: System, x: Array, u: Array) -> Array:
     """How well M w = −ȳ is solved, M the KKT matrix, relative to the largest of the terms."""
     _, H, F, C_final, free, rows = system
     n = C_final.shape[0]
     of_x, of_u = jax.random.split(jax.random.key(1))
     x_bar = jax.random.rademacher(of_x, x.shape, x.dtype)
     u_bar = jax.random.rademacher(of_u, u.shape, u.dtype)
-    rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x), _zeros(rows)))
-    w = kkt_solve(*system, rhs)
-    z = jnp.concatenate([w.x[:-1], w.u], axis=1)
-    Hz = jnp.einsum("tij,tj->ti", H, z)
+    rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x), _none(rows)))
+    w = kkt_solve(SEQUENTIAL, system, rhs)
+    left = residual(system, w, rhs)
+    left = left._replace(c=left.c.at[:, n:].set(jnp.where(free, left.c[:, n:], 0)))
+    z = z_of(w.x, w.u)
     pull = jnp.einsum("tij,ti->tj", F, w.costate[1:])
-    end, held = C_final @ w.x[-1] + rhs.c_final - w.costate[-1], []
-    if rows is not None:
-        pull, end = add_pull(pull, end, rows.G, w.multiplier)
-        g = [(rows.G.stage, rows.active.stage, z), (rows.G.final, rows.active.final, w.x[-1])]
-        held = [
-            jnp.where(active, jnp.einsum("...ij,...j->...i", G, z), 0)
-            for G, active, z in g
-            if G is not None
-        ]
-    stationary = (Hz + pull + rhs.c).at[:, :n].add(-w.costate[:-1])
-    counts = jnp.concatenate([jnp.ones_like(w.x[:-1], bool), free], axis=1)
-    moved = jnp.einsum("tij,tj->ti", F, z)
-    errors = [
-        jnp.where(counts, stationary, 0),
-        w.x[1:] - moved,
-        end,
-        *held,
-    ]
-    terms = [Hz, pull, rhs.c, moved, w.costate]
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a)) for a in errors]))
-    return largest / jnp.max(jnp.stack([jnp.max(jnp.abs(a)) for a in terms]))
+    pull, _ = add_pull(pull, rhs.c_final, rows.G, w.multiplier)
+    terms = (
+        jnp.einsum("tij,tj->ti", H, z), pull, rhs.c, jnp.einsum("tij,tj->ti", F, z), w.costate
+    )  # fmt: skip
+    return _largest(left) / _largest(terms)
+
+
+def _largest(tree) -> Array:
+    sizes = [jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(sizes))

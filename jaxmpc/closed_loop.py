@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.problem.constraints import named_multipliers
+from jaxmpc.problem.constraints import KINDS, named_multipliers
 from jaxmpc.problem.trace import trace
 from jaxmpc.types import Constraints, Episode, Multipliers, Options, Status
 
@@ -69,14 +69,14 @@ def receding_horizon(
 
     Source: Amos et al. 2018 (arXiv:1810.13400), section 2 (receding-horizon use of eq. 1).
     """
-    validation.check_options(options)
     validation.check_count("num_steps", num_steps, least=1)
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
-    model, data = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
-    )
-    dtype, n = data.x_init.dtype, jnp.shape(x_init)[0]
+    problem, data, options = trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
+        u_upper=u_upper, constraints=constraints, options=options,
+    )  # fmt: skip
+    dtype, n = data.x_init.dtype, problem.num_states
 
     def step(carry, k):
         x, plan, previous, multipliers = carry
@@ -118,8 +118,8 @@ def receding_horizon(
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
 
     multipliers = None
-    if model.constrained:
-        multipliers = lax.stop_gradient(named_multipliers(model.layout, data.multipliers))
+    if problem.constrained:
+        multipliers = lax.stop_gradient(named_multipliers(problem, data.multipliers))
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
     return run(data.x_init[:n], data.u_init, previous, multipliers)
@@ -132,9 +132,11 @@ def _at(
     if constraints is None:
         return None
     changes: dict[str, Any] = dict(multipliers=multipliers)
-    for name in ("inequality", "equality"):
-        if (fn := getattr(constraints, name)) is not None:
-            changes[name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
+    for kind in KINDS:
+        if kind.name != "rate" and not kind.final:
+            fn = getattr(constraints, kind.name)
+            if fn is not None:
+                changes[kind.name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
     if constraints.rate is not None:
         changes["rate"] = dataclasses.replace(constraints.rate, previous=previous)
     return dataclasses.replace(constraints, **changes)
@@ -146,6 +148,6 @@ def _shifted(a: Array) -> Array:
 
 
 def _later(multipliers: Multipliers) -> Multipliers:
-    stage = {name: getattr(multipliers, name) for name in ("inequality", "equality", "rate")}
+    stage = {kind.name: getattr(multipliers, kind.name) for kind in KINDS if not kind.final}
     shifted = {name: _shifted(a) for name, a in stage.items() if a is not None}
     return dataclasses.replace(multipliers, **shifted)

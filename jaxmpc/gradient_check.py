@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch import lanes
 from jaxmpc.certificate import Certificate, certify
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.types import Constraints, Options, Status
@@ -144,9 +145,9 @@ def check_gradients(
         cost, dynamics, inputs["x_init"], solution, params, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints,
     )  # fmt: skip
-    eps = float(jnp.finfo(solution.u.dtype).eps)
+    eps = lanes.eps(solution.u)
     step = eps ** (1 / 3) if step is None else step
-    rtol = (1e-3 if eps < 1e-12 else 2e-2) if rtol is None else rtol
+    rtol = (1e-3 if lanes.is_wide(solution.u) else 2e-2) if rtol is None else rtol
 
     checks = []
     leaves, tree = jax.tree_util.tree_flatten_with_path(inputs)

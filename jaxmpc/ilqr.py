@@ -6,7 +6,6 @@ import jax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxmpc import validation
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.problem import Data
 from jaxmpc.problem.trace import trace
@@ -71,10 +70,9 @@ def ilqr_box(
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
     """
-    validation.check_options(options)
-    model, data = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
-    )
-    options = validation.with_trust_region(options, data.u_init)
-    solution, _ = jax.jit(solver(model))(lax.stop_gradient(data), options)
-    return _not_differentiable(for_user(model, solution), data)
+    problem, data, options = trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
+        u_upper=u_upper, constraints=constraints, options=options,
+    )  # fmt: skip
+    solution, _ = jax.jit(solver(problem))(lax.stop_gradient(data), options)
+    return _not_differentiable(for_user(problem, solution), data)

@@ -29,6 +29,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch import lanes
 
 Ode = Callable[[Array, Array, Any, Any], Array]  # (x, u, t, params) -> x'
 Dynamics = Callable[[Array, Array, Any, Any], Array]  # (x, u, t, params) -> x_next
@@ -125,7 +126,7 @@ def _newton(residual, guess):
 
     x, step = lax.fori_loop(0, _NEWTON_STEPS, advance, (guess, jnp.zeros_like(guess)))
     # Half of the digits in the last step: it left all of them right. NaN fails the comparison.
-    small = float(jnp.finfo(guess.dtype).eps) ** 0.5
+    small = lanes.eps(guess) ** 0.5
     return jnp.where(jnp.max(jnp.abs(step)) <= small * jnp.max(jnp.abs(x)), x, jnp.nan)
 
 

@@ -1,72 +1,18 @@
-"""The linear-quadratic regulator with pinned controls, and its derivative (Module 1).
+"""The linear-quadratic regulator with pinned controls, and its derivative (Module 1)."""
 
-One factorization (the Riccati recursion on C and F) serves every right-hand side: the plan itself,
-its derivative (the KKT matrix is symmetric, so the backward pass is one more LQR solve), and the
-backward pass of ``mpc_solve``.
-"""
-
-import functools
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
-from jaxmpc.riccati import kkt, parallel, sequential
-from jaxmpc.riccati.sequential import Rhs
+from jaxmpc.derivative.tied import tied
+from jaxmpc.riccati import kkt
+from jaxmpc.riccati.constrained import System, no_active_rows
+from jaxmpc.riccati.point import Point, Rhs, no_rows
 from jaxmpc.types import LQRSolution, RiccatiMethod
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attach_plan(point, factors, C, F, C_final, free, rhs, method):
-    """The identity on a solution of ``kkt_solve``, with its derivative."""
-    return point
-
-
-def _attach_plan_fwd(point, factors, C, F, C_final, free, rhs, method):
-    point = _attach_plan(point, factors, C, F, C_final, free, rhs, method)
-    return point, (factors, C, F, C_final, free, point)
-
-
-def _attach_plan_bwd(method, saved, cotangent):
-    factors, C, F, C_final, free, point = saved
-    saved = factors, C, F, C_final, free, None, point
-    factors_bar, *matrices_bar, _, rhs_bar = kkt.solve_cotangents(method, saved, cotangent)
-    return None, factors_bar, *matrices_bar, rhs_bar
-
-
-_attach_plan.defvjp(_attach_plan_fwd, _attach_plan_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attach_gains(gains, C, F, C_final, free, rhs, method):
-    """The identity on the gains (K, k); their derivative is that of the recursion itself."""
-    return gains
-
-
-def _attach_gains_fwd(gains, C, F, C_final, free, rhs, method):
-    # The gains were computed from constants: only through this function do they move.
-    gains = _attach_gains(gains, C, F, C_final, free, rhs, method)
-    return gains, (C, F, C_final, free, rhs)
-
-
-def _attach_gains_bwd(method, saved, cotangent):
-    C, F, C_final, free, rhs = saved
-
-    module = parallel if method == "parallel" else sequential
-
-    def recursion(C, F, C_final, rhs):
-        factors = module.factorize(C, F, C_final, free)
-        return factors.K, module.substitute(factors, F, rhs)[1]
-
-    _, vjp = jax.vjp(recursion, C, F, C_final, rhs)
-    C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
-    return None, C_bar, F_bar, C_final_bar, None, rhs_bar
-
-
-_attach_gains.defvjp(_attach_gains_fwd, _attach_gains_bwd)
 
 
 def lqr_solve(
@@ -123,10 +69,37 @@ def lqr_solve(
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
-    rhs = Rhs(args.x_init, args.c, args.f, args.c_final)
-    system = C, args.F, C_final, args.free
-    solve = parallel.solve if method == "parallel" else kkt.solve
-    factors, point, k = solve(*lax.stop_gradient((*system, rhs)))
-    x, u, costate, _ = _attach_plan(point, factors, *system, rhs, method)
-    K, k = _attach_gains((factors.K, k), *system, rhs, method)
+    F, free = args.F, args.free
+    rhs = Rhs(args.x_init, args.c, args.f, args.c_final, no_rows(len(F), F.dtype))
+    how = kkt.METHODS[method]
+    factors, point, k = how.solve(*lax.stop_gradient((C, F, C_final, free, rhs)))
+    system = System(factors, C, F, C_final, free, no_active_rows(F))
+    (x, u, costate, _), (K, k) = _with_derivatives(how, system, rhs, point, (factors.K, k))
     return LQRSolution(x, u, costate, K, k)
+
+
+def _with_derivatives(
+    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: tuple[Array, Array]
+) -> tuple[Point, tuple[Array, Array]]:
+    """The plan, which moves as that of ``kkt_solve``, and the gains, which move as those of the
+    recursion: both were found from constants."""
+
+    def pull_plan(cotangent, point, system, rhs):
+        return kkt.solve_cotangents(method, (system, point), cotangent)
+
+    def pull_gains(cotangent, gains, system, rhs):
+        factorize, substitute = method.recursion
+
+        def recursion(C, F, C_final, rhs):
+            factors = factorize(C, F, C_final, system.free)
+            return factors.K, substitute(factors, F, rhs)[1]
+
+        none: Any = None
+        _, vjp = jax.vjp(recursion, system.C, system.F, system.C_final, rhs)
+        C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
+        return System(none, C_bar, F_bar, C_final_bar, none, none), rhs_bar
+
+    return (
+        tied(pull_plan, moves=False)(point, system, rhs),
+        tied(pull_gains, moves=False)(gains, system, rhs),
+    )

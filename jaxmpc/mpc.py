@@ -5,10 +5,10 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from jaxmpc import validation
 from jaxmpc.derivative.implicit import differentiable
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
+from jaxmpc.solver.loop import solver
 from jaxmpc.types import Constraints, Options, Solution
 
 
@@ -75,9 +75,9 @@ def mpc_solve(
     Hessian of the Hamiltonian in place of ∇²cost (``Options.backward_hessian``), which for
     nonlinear dynamics the derivative of the solution needs.
     """
-    validation.check_options(options)
-    model, data = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints
-    )
-    options = validation.with_trust_region(options, data.u_init)
-    return for_user(model, jax.jit(differentiable(model))(data, options))
+    problem, data, options = trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
+        u_upper=u_upper, constraints=constraints, options=options,
+    )  # fmt: skip
+    solve = jax.jit(differentiable(problem, solver(problem)))
+    return for_user(problem, solve(data, options))

@@ -10,15 +10,16 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.batch import lanes
+from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.expansions import expand, first_order, hessians
-from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.trace import trace
 from jaxmpc.riccati.pivots import definite_threshold, masked_inverse
 from jaxmpc.riccati.sequential import factorize
 from jaxmpc.solver.assessment import assess, tolerances
-from jaxmpc.solver.backward import backward_pass
+from jaxmpc.solver.backward import Box, backward_pass
 from jaxmpc.solver.box_qp import box_qp, clamped
-from jaxmpc.solver.iterate import Iterate, iterate, rounding
+from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
 from jaxmpc.solver.line_search import Step, apply, line_search
 from jaxmpc.types import Options, Solution, Status
 
@@ -62,46 +63,50 @@ def ilqr_unrolled(
     Raises:
       TypeError, ValueError: as ``mpc_solve``; ``num_iterations`` is not an int of at least 0.
     """
-    validation.check_options(options)
     validation.check_count("num_iterations", num_iterations, least=0)
-    model, data = trace(cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper)
-    return jax.jit(lambda data, options: _unroll(model, data, options, num_iterations))(
-        data, options
-    )
+    problem, data, options = trace(
+        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
+        u_upper=u_upper, options=options,
+    )  # fmt: skip
+    unroll = jax.jit(lambda data, options: _unroll(problem, data, options, num_iterations))
+    return for_user(problem, unroll(data, options))
 
 
 @lanes.any_rank
-def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> Solution:
+def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int) -> Solution:
     lower, upper = data.u_lower, data.u_upper
     dtype = data.x_init.dtype
     decay = jnp.asarray(options.line_search_decay, dtype)
     regularization = jnp.asarray(options.regularization, dtype)
     no, yes = jnp.array(False), jnp.array(True)
 
-    def improve(point: Iterate, _):
-        u, x = point.u, point.x
-        expanded = expand(model, data.theta, x, u)
-        first = first_order(expanded)
+    none = data.multipliers  # there are no rows
+
+    def improve(at: Iterate, _):
+        u, x = at.u, at.x
+        expanded = expand(problem, data.theta, x, u)
+        first = first_order(expanded, none)
         held = clamped(first.control_cost + first.control_pull, u, lower, upper)
         d, free, factors, slope, bend = backward_pass(
             expanded.C, expanded.F, first.c, expanded.C_final, first.c_final,
-            lower - u, upper - u, held, regularization, no, qp=_differentiable_box_qp,
+            Box(lower - u, upper - u, held), regularization, no, qp=_differentiable_box_qp,
         )  # fmt: skip
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
         step = Step(target, jnp.zeros_like(target), factors.K, slope, bend)
-        constant = lax.stop_gradient((data, point, step))
-        noise = lax.stop_gradient(rounding(point, first.costate, None))
-        _, search = line_search(model, *constant, no, yes, noise, decay)
-        alpha = jnp.where(search.accepted, search.alpha, 0)
-        return apply(model, data, point, step, alpha), None
+        constant = lax.stop_gradient((data, at, step))
+        noise = lax.stop_gradient(rounding(at, first.costate, data.prices))
+        _, length = line_search(problem, *constant, no, yes, noise, decay)
+        alpha = jnp.where(length.accepted, length.alpha, 0)
+        return apply(problem, data, at, step, alpha), None
 
-    start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
-    point, _ = lax.scan(improve, start, length=num_iterations)
-    expanded = expand(model, data.theta, point.x, point.u)
-    end = assess(data, point, expanded)
-    H, H_final = hessians(model, data.theta, point.x, point.u, expanded, end.first.costate)
+    start = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
+    at, _ = lax.scan(improve, start, length=num_iterations)
+    expanded = expand(problem, data.theta, at.x, at.u)
+    end = assess(data, at, expanded)
+    costate = end.first.costate
+    H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, none)
     small = end.relative <= tolerances(options, dtype)[0]
-    factors = factorize(H, expanded.F, H_final, ~end.held)
+    factors = factorize(H, expanded.F, H_final, ~end.clamped)
     definite = jnp.all(factors.curvature > definite_threshold(dtype))
     status = jnp.select(
         [
@@ -114,16 +119,17 @@ def _unroll(model: Model, data: Data, options: Options, num_iterations: int) -> 
         Status.MAX_ITERATIONS,
     )
     return Solution(
-        x=point.x,
-        u=point.u,
-        costate=end.first.costate,
+        x=at.x,
+        u=at.u,
+        costate=costate,
         K=factors.K,
-        free=~end.held,
-        objective=jnp.sum(point.costs),
+        free=~end.clamped,
+        objective=jnp.sum(at.costs),
         kkt_residual=end.kkt_residual,
         iterations=jnp.int32(num_iterations),
-        violation=jnp.zeros((), dtype),
         status=status.astype(jnp.int32),
+        multipliers=none,
+        violation=jnp.zeros((), dtype),
     )
 
 

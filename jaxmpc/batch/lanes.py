@@ -91,6 +91,21 @@ def sum_of(terms) -> Array:
     return total
 
 
+def select(condition: Array, a, b):
+    """The tree a where the condition holds, b elsewhere; one condition a problem."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
+
+
+def eps(a) -> float:
+    """The unit of rounding of an array, or of a dtype."""
+    return float(jnp.finfo(getattr(a, "dtype", a)).eps)
+
+
+def is_wide(dtype) -> bool:
+    """Whether a dtype has the digits of float64."""
+    return eps(dtype) < 1e-12
+
+
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
     for axis in range(axes - 1, 0, -1):

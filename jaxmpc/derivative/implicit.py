@@ -3,53 +3,47 @@
 How the derivative is attached, in three steps:
 
 1. ``fixed`` runs the solver. To the innermost differentiation it is a constant.
-2. At its point, the KKT residual of the problem is evaluated as a function of everything that
-   shapes the solution (params, closures, x_init, bounds). This is ordinary JAX code outside any
-   custom rule, so JAX differentiates it natively: for weights that a batch shares, straight into
-   one array of their size.
-3. ``_attach`` is the identity on the point, and a ``jax.custom_vjp``: its backward pass maps the
-   cotangent of the point to that of the KKT residual, by one masked LQR solve with the forward
-   pass's factorization (eq. 19).
+2. At its point, the gradient of the Lagrangian is evaluated as a function of everything that shapes
+   the solution (params, closures, x_init, bounds). This is ordinary JAX code outside any custom
+   rule, so JAX differentiates it natively: for weights that a batch shares, straight into one array
+   of their size.
+3. The point is ``tied`` to that gradient: the backward pass maps the cotangent of the point to that
+   of the gradient, by one masked LQR solve with the forward pass's factorization (eq. 19).
 
 Second derivatives: the rule of ``fixed`` returns the differentiable solution itself as its primal
 value with a zero tangent, so an outer differentiation sees the point move: every order is right.
 """
 
 import dataclasses
-import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxmpc.derivative.isolation import by_policy, stand_in, zeros_unless
-from jaxmpc.derivative.lagrangian import (
-    attach_expansion,
-    bound_gap,
-    expanded_system,
-    kkt_residual,
-    kkt_system,
-    lagrangian,
-    row_multipliers,
-)
-from jaxmpc.problem.problem import Data, Model
-from jaxmpc.riccati import kkt, parallel, sequential
-from jaxmpc.riccati.constrained import ActiveRows, penalised
-from jaxmpc.riccati.kkt import adjoint_cotangent, adjoint_rhs, kkt_solve
-from jaxmpc.riccati.sequential import Point, Rhs
+from jaxmpc.batch import lanes
+from jaxmpc.derivative import lagrangian
+from jaxmpc.derivative.isolation import Policy, by_policy, stand_in, zeros_unless
+from jaxmpc.derivative.tied import tied
+from jaxmpc.problem.expansions import constraint_values
+from jaxmpc.problem.prices import Prices, RowState, add_curvature, slopes
+from jaxmpc.problem.problem import Data, Problem, Theta
+from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual
+from jaxmpc.riccati.kkt import METHODS, Method, adjoint_cotangent, adjoint_rhs, kkt_solve
+from jaxmpc.riccati.point import Point, Rhs
 from jaxmpc.solver.linearization import Linearization
-from jaxmpc.solver.loop import solver
-from jaxmpc.types import Options, RiccatiMethod, Solution, Status
+from jaxmpc.types import Options, Solution, Status
+
+Solver = Callable[[Data, Options], tuple[Solution, Linearization]]
 
 
-def differentiable(model: Model):
-    """The solution of ``model`` as a differentiable function of (data, options)."""
+def differentiable(problem: Problem, solver: Solver) -> Callable[[Data, Options], Solution]:
+    """The solution that ``solver`` finds as a differentiable function of (data, options)."""
 
     @jax.custom_jvp
     def fixed(data: Data, options: Options) -> tuple[Solution, Linearization]:
-        return solver(model)(data, options)
+        return solver(data, options)
 
     def fixed_rule(primals, _):
         out = solved(*primals)
@@ -59,13 +53,17 @@ def differentiable(model: Model):
 
     def solved(data, options):
         solution, linearization = fixed(data, options)
-        return _with_derivatives(model, data, options, solution, linearization), linearization
+        return _with_derivatives(problem, data, options, solution, linearization), linearization
 
     return lambda data, options: solved(data, options)[0]
 
 
 def _with_derivatives(
-    model: Model, data: Data, options: Options, solution: Solution, linearization: Linearization
+    problem: Problem,
+    data: Data,
+    options: Options,
+    solution: Solution,
+    linearization: Linearization,
 ) -> Solution:
     """``solution`` with its derivatives: x, u and costate by the implicit function theorem,
     the objective by the envelope theorem, the gains by that of their recursion."""
@@ -73,126 +71,136 @@ def _with_derivatives(
     implicit = options.unconverged == "implicit"
     used = solved if implicit else solution.status == Status.CONVERGED
     blank = jnp.nan if options.unconverged == "nan" else 0.0
-    policy = used, jnp.asarray(blank, solution.u.dtype)
+    policy = Policy(used, jnp.asarray(blank, solution.u.dtype))
+    method = METHODS[options.riccati]
 
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
     # differentiate at, another one has to stand in.
     point = Point(solution.x, solution.u, solution.costate, solution.multipliers)
     safe, theta, prices = stand_in(solved, (point, data.theta, data.prices))
-    free, state = solution.free, linearization.rows
+    free, state = solution.free, linearization.state
 
-    exact = options.backward_hessian == "exact"
-    used_linearization = zeros_unless(used, linearization)
-    system = kkt_system(used_linearization, _constant(prices, data))
-    at = _constant((safe, theta, prices), data)
-    *matrices, G, multiplier = attach_expansion(model, state, exact)(system, *at)
-    active = None
-    if state is not None:
-        active = ActiveRows(G, state.active, used_linearization.rho)
-    factors = used_linearization.factors
-    if not exact:
-        C, F, C_final = lax.stop_gradient(matrices)
-        if active is not None:
-            C, C_final = penalised(C, C_final, lax.stop_gradient(active))
-        factors = kkt.factorize(C, F, C_final, free, options.riccati)
-
-    gap = bound_gap(data, safe.u, free, multiplier)
-    residual = kkt_residual(model, theta, prices, data.x_init, safe, state)
-    moving = _attach(point, residual, gap, factors, matrices, free, active, policy, options.riccati)
-    value = lagrangian(model, theta, prices, data.x_init, safe, state)
-    objective = _attach_value(solution.objective, value, gap, multiplier, policy)
+    at, found = (safe, theta, prices), zeros_unless(used, linearization)
+    system, bound_multiplier = _kkt_system(problem, data, options, at, found, free, state)
+    to_bound = _to_bound(data, safe.u, free, bound_multiplier)
+    gradient = lagrangian.gradient(problem, theta, prices, data.x_init, safe, state)
+    moving = _tied_point(method, point, gradient, to_bound, system, policy)
+    value = lagrangian.value(problem, theta, prices, data.x_init, safe, state)
+    objective = _tied_value(solution.objective, value, to_bound, bound_multiplier, policy)
     solution = dataclasses.replace(
         solution, x=moving.x, u=moving.u, costate=moving.costate, objective=objective
     )
-    moving = jax.tree.map(lambda a, b: jnp.where(solved, a, b), moving, safe)
-    gains = _attach_gains(model, state, linearization.rho, options.riccati)
-    K = gains(solution.K, moving, theta, prices, free, policy)
-    if state is None:
-        return dataclasses.replace(solution, K=K)
-    values = by_policy(row_multipliers(model, theta, prices, moving, state), policy)
-    multipliers = jax.tree.map(lambda a, b: jnp.where(solved, a, b), values, solution.multipliers)
+    moving = lanes.select(solved, moving, safe)
+    K = _tied_gains(
+        problem, method, solution.K, (moving, theta, prices), state, linearization.rho, free, policy
+    )
+    g = constraint_values(problem, theta, moving.x, moving.u)
+    found = slopes(g, state._replace(multiplier=moving.multiplier), prices)
+    multipliers = lanes.select(solved, by_policy(found, policy), solution.multipliers)
     return dataclasses.replace(solution, K=K, multipliers=multipliers)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _attach(
-    point: Point, residual: Rhs, gap: Array, factors, matrices, free, active, policy, method
+def _kkt_system(
+    problem: Problem,
+    data: Data,
+    options: Options,
+    at: tuple[Point, Theta, Prices],
+    linearization: Linearization,
+    free: Array,
+    state: RowState,
+) -> tuple[System, Array]:
+    """The system of the backward pass, and ∇_u L, the multipliers of the bounds: those that the
+    solver left, with the derivative that they have as functions of the point."""
+    exact = options.backward_hessian == "exact"
+    safe, theta, prices = _constant(at, data)
+    C, C_final = add_curvature(
+        linearization.hessian, linearization.C_final, linearization.G, linearization.state, prices
+    )
+    found = C, linearization.F, C_final, linearization.G, linearization.gradient
+
+    def pull(cotangent, found, state, *at):
+        def matrices(point, theta, prices):
+            return lagrangian.matrices(problem, theta, prices, point, state, exact)
+
+        _, vjp = jax.vjp(matrices, *at)
+        return None, *vjp(cotangent)
+
+    C, F, C_final, G, bound_multiplier = tied(pull, moves=False)(found, state, safe, theta, prices)
+    rows = ActiveRows(G, state.active, linearization.rho)
+    factors = linearization.factors
+    if not exact:
+        C_, F_, C_final_, rows_ = lax.stop_gradient((C, F, C_final, rows))
+        C_, C_final_ = penalised(C_, C_final_, rows_)
+        factors = METHODS[options.riccati].factorize(C_, F_, C_final_, free)
+    return System(factors, C, F, C_final, free, rows), bound_multiplier
+
+
+def _to_bound(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
+    """0, as a function of the bounds: how far each clamped control is from the bound that holds
+    it, the one that the multiplier's sign names (half each at zero, for equal bounds)."""
+    lower, upper = data.u_lower, data.u_upper
+    middle = jnp.where(lower == upper, (lower + upper) * 0.5, u)
+    bound = jnp.where(multiplier > 0, lower, jnp.where(multiplier < 0, upper, middle))
+    return jnp.where(free, 0, bound - u)
+
+
+def _tied_point(
+    method: Method, point: Point, gradient: Rhs, to_bound: Array, system: System, policy: Policy
 ) -> Point:
-    """The identity on ``point``, as a function of the KKT residual and the bounds.
+    """``point``, as a function of ∇L and of the bounds.
 
     With M the Hessian of the Lagrangian in y = (x, u, λ, ν), free controls and active rows only,
     dy = −M⁻¹ d(∇L): the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f
     and ν̄ in that of g, and w is the cotangent of ∇L. A clamped control moves with its bound; the
     rest answers.
     """
-    return point
+
+    def pull(cotangent, point, gradient, to_bound, system, policy):
+        rhs = adjoint_rhs(zeros_unless(policy.used, cotangent))
+        w = kkt_solve(method, system, rhs)
+        n = system.C_final.shape[0]
+        holds = residual(system, w, rhs).c[:, n:]
+        pulled = adjoint_cotangent(w), jnp.where(system.free, 0, holds)
+        return *policy(pulled), None, None
+
+    return tied(pull, moves=True)(point, gradient, to_bound, system, policy)
 
 
-def _attach_fwd(point, residual, gap, factors, matrices, free, active, policy, method):
-    return point, (factors, matrices, free, active, policy)
+def _tied_value(
+    value: Array, lagrangian: Array, to_bound: Array, bound_multiplier: Array, policy: Policy
+) -> Array:
+    """The optimal value; its derivative is the Lagrangian's (envelope theorem)."""
+
+    def pull(cotangent, value, lagrangian, to_bound, bound_multiplier, policy):
+        cotangent = policy(cotangent)
+        return cotangent, policy(bound_multiplier * cotangent), None, None
+
+    return tied(pull, moves=True)(value, lagrangian, to_bound, bound_multiplier, policy)
 
 
-def _attach_bwd(method, saved, cotangent: Point):
-    factors, (C, F, C_final), free, active, (used, blank) = saved
-    n = C_final.shape[0]
-    cotangent = zeros_unless(used, cotangent)
-    w = kkt_solve(factors, C, F, C_final, free, active, adjoint_rhs(cotangent), method)
-    residual_bar = adjoint_cotangent(w)
-    pull = jnp.einsum("tij,tj->ti", C[:, n:], residual_bar.c)
-    pull += jnp.einsum("tij,ti->tj", F[:, :, n:], w.costate[1:])
-    if active is not None and active.G.stage is not None:
-        pull += jnp.einsum("tij,ti->tj", active.G.stage[:, :, n:], w.multiplier.stage)
-    gap_bar = jnp.where(free, 0, cotangent.u + pull)
-    residual_bar, gap_bar = jax.tree.map(
-        lambda a: jnp.where(used, a, blank), (residual_bar, gap_bar)
-    )
-    return None, residual_bar, gap_bar, None, None, None, None, None
+def _tied_gains(
+    problem: Problem,
+    method: Method,
+    K: Array,
+    at: tuple[Point, Theta, Prices],
+    state: RowState,
+    rho: Array,
+    free: Array,
+    policy: Policy,
+) -> Array:
+    """The gains, as the function that the recursion is of the matrices, and these of the point."""
+    factorize, _ = method.recursion
 
-
-_attach.defvjp(_attach_fwd, _attach_bwd)
-
-
-@jax.custom_vjp
-def _attach_value(value: Array, lagrangian: Array, gap: Array, multiplier: Array, policy):
-    """The identity on the optimal value; its derivative is the Lagrangian's (envelope theorem)."""
-    return value
-
-
-def _attach_value_fwd(value, lagrangian, gap, multiplier, policy):
-    return value, (multiplier, policy)
-
-
-def _attach_value_bwd(saved, cotangent):
-    multiplier, (used, blank) = saved
-    cotangent = jnp.where(used, cotangent, blank)
-    gap_bar = jnp.where(used, multiplier * cotangent, blank)
-    return None, cotangent, gap_bar, None, None
-
-
-_attach_value.defvjp(_attach_value_fwd, _attach_value_bwd)
-
-
-def _attach_gains(model: Model, state: Any, rho, method: RiccatiMethod):
-    module = parallel if method == "parallel" else sequential
-
-    @jax.custom_vjp
-    def attach(K, state, rho, point, theta, prices, free, policy):
-        return K
-
-    def bwd(saved, cotangent):
-        state, rho, point, theta, prices, free, (used, blank) = saved
-
+    def pull(cotangent, K, at, state, rho, free, policy):
         def gains(point, theta, prices):
-            C, F, C_final, G, _ = expanded_system(model, point, theta, prices, state)
-            if state is not None:
-                C, C_final = penalised(C, C_final, ActiveRows(G, state.active, rho))
-            return module.factorize(C, F, C_final, free).K
+            C, F, C_final, G, _ = lagrangian.matrices(problem, theta, prices, point, state)
+            C, C_final = penalised(C, C_final, ActiveRows(G, state.active, rho))
+            return factorize(C, F, C_final, free).K
 
-        _, vjp = jax.vjp(gains, point, theta, prices)
-        return None, None, None, *vjp(jnp.where(used, cotangent, blank)), None, None
+        _, vjp = jax.vjp(gains, *at)
+        return vjp(policy(cotangent)), None, None, None, None
 
-    attach.defvjp(lambda K, *rest: (attach(K, *rest), rest), bwd)
-    return lambda K, *rest: attach(K, state, rho, *rest)
+    return tied(pull, moves=False)(K, at, state, rho, free, policy)
 
 
 @jax.custom_jvp

@@ -1,28 +1,39 @@
 """Failed problems, kept apart: where there is no solution, another point stands in, and the
 gradient is what ``Options.unconverged`` says."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-
-@jax.custom_vjp
-def by_policy(tree, policy):
-    """The identity, with the derivative that ``Options.unconverged`` says."""
-    return tree
+from jaxmpc.batch import lanes
+from jaxmpc.derivative.tied import tied
 
 
-def _by_policy_bwd(policy, cotangent):
-    used, blank = policy
-    return jax.tree.map(lambda a: jnp.where(used, a, blank), cotangent), None
+class Policy(NamedTuple):
+    """What the gradient of a problem is, by ``Options.unconverged``."""
+
+    used: Array  # whether it is that of the solution
+    blank: Array  # what it is otherwise
+
+    def __call__(self, cotangent):
+        """The cotangents of what goes out, if there are any to speak of."""
+        return jax.tree.map(lambda a: jnp.where(self.used, a, self.blank), cotangent)
 
 
-by_policy.defvjp(lambda tree, policy: (by_policy(tree, policy), policy), _by_policy_bwd)
+def by_policy(tree, policy: Policy):
+    """``tree``, with the derivative that the policy says."""
+
+    def pull(cotangent, value, tree, policy):
+        return policy(cotangent), None
+
+    return tied(pull, moves=False)(tree, tree, policy)
 
 
 def zeros_unless(used: Array, tree):
-    return jax.tree.map(lambda a: jnp.where(used, a, 0), tree)
+    return lanes.select(used, tree, jax.tree.map(jnp.zeros_like, tree))
 
 
 @jax.custom_jvp

@@ -1,6 +1,9 @@
-"""The Lagrangian of the problem at a solution, its gradient, and the matrices of its Hessian."""
+"""The Lagrangian of the problem: its value and gradient at a point, and the matrices around it.
 
-from typing import Any
+    L = Σ cost + terminal_cost + λ_0ᵀ(x_init − x_0) + Σ λ_{t+1}ᵀ(dynamics_t − x_{t+1}) + rows
+
+with ν g for an active row, its price for one with slack, and nothing for the bounds.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,136 +15,78 @@ from jaxmpc.problem.expansions import (
     first_order,
     hessians,
     stage_costs,
-    stages,
 )
-from jaxmpc.problem.prices import Prices, RowState, priced, row_terms
-from jaxmpc.problem.problem import Data, Model
-from jaxmpc.riccati.rows import Rows, total
-from jaxmpc.riccati.sequential import Point, Rhs
-from jaxmpc.solver.linearization import Linearization
+from jaxmpc.problem.prices import Prices, RowState, add_curvature, row_terms
+from jaxmpc.problem.problem import Problem, Theta
+from jaxmpc.problem.stages import stages
+from jaxmpc.riccati.point import Point, Rhs, Rows, z_of
+from jaxmpc.riccati.rows import total
 
 
-def kkt_residual(model: Model, theta, prices: Any, x_init: Array, point: Point, state: Any) -> Rhs:
-    """∇L, L the Lagrangian: 0 at a solution, where its derivatives shape those of the solution."""
+def value(
+    problem: Problem, theta: Theta, prices: Prices, x_init: Array, point: Point, state: RowState
+) -> Array:
+    x, u, costate, multiplier = point
+    x_next = jax.vmap(problem.dynamics, (0, 0, 0, None))(x[:-1], u, stages(u), theta)
+    g = constraint_values(problem, theta, x, u)
+    return (
+        jnp.sum(stage_costs(problem, theta, x, u))
+        + jnp.vdot(costate[1:], x_next - x[1:])
+        + costate[0] @ (x_init - x[0])
+        + total(row_terms(g, state._replace(multiplier=multiplier), prices))
+    )
+
+
+def gradient(
+    problem: Problem, theta: Theta, prices: Prices, x_init: Array, point: Point, state: RowState
+) -> Rhs:
+    """∇L, the residual of the KKT system: 0 at a solution, where its derivatives shape those of the
+    solution."""
     x, u, costate, multiplier = point
     n = x_init.shape[0]
-    # Of every row, what ``row_terms`` takes beside its value.
-    row = (multiplier, state.active, state.beyond, prices.linear, prices.quadratic) if state else ()
-    stage, final = ([part[i] for part in row] for i in range(2))
+    rows = state._replace(multiplier=multiplier), prices
 
-    def hamiltonian(z, t, costate, stage):
+    def part(name):
+        is_rows = lambda a: isinstance(a, Rows)  # noqa: E731
+        return jax.tree.map(lambda rows: getattr(rows, name), rows, is_leaf=is_rows)
+
+    def hamiltonian(z, t, costate, of_rows):
         x, u = z[:n], z[n:]
-        x_next = model.dynamics(x, u, t, theta)
-        value, g = model.cost(x, u, t, theta) + costate @ x_next, None
-        if model.constraint is not None:
-            g = model.constraint(x, u, t, theta)
-            value += jnp.sum(row_terms(g, *stage))
-        return value, (x_next, g)
+        x_next, g = problem.dynamics(x, u, t, theta), problem.constraint(x, u, t, theta)
+        paid = jnp.sum(row_terms(g, *of_rows))
+        return problem.cost(x, u, t, theta) + costate @ x_next + paid, (x_next, g)
 
     def end(x):
-        value, g = jnp.zeros((), x.dtype), None
-        if model.terminal_cost is not None:
-            value += model.terminal_cost(x, theta)
-        if model.final_constraint is not None:
-            g = model.final_constraint(x, theta)
-            value += jnp.sum(row_terms(g, *final))
-        return value, g
+        g = problem.final_constraint(x, theta)
+        return problem.terminal_cost(x, theta) + jnp.sum(row_terms(g, *part("final"))), g
 
-    z = jnp.concatenate([x[:-1], u], axis=1)
-    of_stage = stage if model.constraint is not None else None
-    c, (x_next, g) = jax.vmap(jax.grad(hamiltonian, has_aux=True))(
-        z, stages(u), costate[1:], of_stage
-    )
+    at_stages = jax.vmap(jax.grad(hamiltonian, has_aux=True))
+    c, (x_next, g) = at_stages(z_of(x, u), stages(u), costate[1:], part("stage"))
     c_final, g_final = jax.grad(end, has_aux=True)(x[-1])
-    held = None
-    if state is not None:
-        values = Rows(g, g_final)
-        held = jax.tree.map(lambda g, active: jnp.where(active, g, 0), values, state.active)
     return Rhs(
         x_init=x_init - x[0],
         c=c.at[:, :n].add(-costate[:-1]),
         f=x_next - x[1:],
         c_final=c_final - costate[-1],
-        g=held,
+        g=jax.tree.map(lambda g, active: jnp.where(active, g, 0), Rows(g, g_final), state.active),
     )
 
 
-def lagrangian(model: Model, theta, prices: Any, x_init: Array, point: Point, state: Any) -> Array:
-    """The objective plus costates times dynamics and multipliers times constraints, without the
-    term of the bounds."""
+def matrices(
+    problem: Problem,
+    theta: Theta,
+    prices: Prices,
+    point: Point,
+    state: RowState,
+    exact: bool = True,
+) -> tuple[Array, Array, Array, Rows, Array]:
+    """(C, F, C_final, G, ∇_u L): the Hessian of L in the states and controls, or without ``exact``
+    its part without second derivatives of dynamics and rows, and the Jacobians."""
     x, u, costate, multiplier = point
-    x_next = jax.vmap(model.dynamics, (0, 0, 0, None))(x[:-1], u, stages(u), theta)
-    value = (
-        jnp.sum(stage_costs(model, theta, x, u))
-        + jnp.vdot(costate[1:], x_next - x[1:])
-        + costate[0] @ (x_init - x[0])
-    )
-    if state is None:
-        return value
-    g = constraint_values(model, theta, x, u)
-    row = multiplier, state.active, state.beyond, prices.linear, prices.quadratic
-    return value + total(jax.tree.map(row_terms, g, *row))
-
-
-def row_multipliers(model: Model, theta, prices: Prices, point: Point, state: RowState) -> Rows:
-    """ν of every row: an unknown of the KKT system where it is active, given by its price where it
-    has slack."""
-    g = constraint_values(model, theta, point.x, point.u)
-
-    def value(multiplier, active, beyond, g, linear, quadratic):
-        priced = jnp.where(beyond, jnp.where(beyond, linear, 0) + quadratic * g, 0)
-        return jnp.where(active, multiplier, priced)
-
-    row = point.multiplier, state.active, state.beyond, g, prices.linear, prices.quadratic
-    return jax.tree.map(value, *row)
-
-
-def bound_gap(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
-    """0, as a function of the bounds: how far each clamped control is from the bound that holds
-    it, the one that the multiplier's sign names (half each at zero, for equal bounds)."""
-    lower, upper = data.u_lower, data.u_upper
-    middle = jnp.where(lower == upper, (lower + upper) * 0.5, u)
-    bound = jnp.where(multiplier > 0, lower, jnp.where(multiplier < 0, upper, middle))
-    return jnp.where(free, 0, bound - u)
-
-
-def kkt_system(at: Linearization, prices: Any) -> list:
-    """[C, F, C_final, G, ∇_u J] of the KKT system; rows with slack are part of the cost."""
-    if at.rows is None:
-        return [at.hessian, at.F, at.C_final, None, at.gradient]
-    C, C_final = priced(at.hessian, at.C_final, at.G, at.rows, prices)
-    return [C, at.F, C_final, at.G, at.gradient]
-
-
-def attach_expansion(model: Model, state: Any, exact: bool):
-    """The identity on the ``system`` at a point, as a function of it, of theta and the prices."""
-
-    @jax.custom_vjp
-    def attach(system, state, point, theta, prices):
-        return system
-
-    def bwd(saved, cotangent):
-        state, *at = saved
-
-        def system(point, theta, prices):
-            return expanded_system(model, point, theta, prices, state, exact)
-
-        _, vjp = jax.vjp(system, *at)
-        return None, None, *vjp(cotangent)
-
-    attach.defvjp(lambda system, *at: (attach(system, *at), at), bwd)
-    return lambda system, *at: attach(system, state, *at)
-
-
-def expanded_system(model, point: Point, theta, prices, state: Any, exact=True) -> list:
-    """``system`` from the user's functions."""
-    x, u, costate, multiplier = point
-    expanded = expand(model, theta, x, u)
+    expanded = expand(problem, theta, x, u)
     first = first_order(expanded, multiplier)
     C, C_final = expanded.C, expanded.C_final
     if exact:
-        C, C_final = hessians(model, theta, x, u, expanded, costate, multiplier)
-    if state is not None:
-        C, C_final = priced(C, C_final, expanded.G, state, prices)
-    gradient = first.control_cost + first.control_pull
-    return [C, expanded.F, C_final, expanded.G, gradient]
+        C, C_final = hessians(problem, theta, x, u, expanded, costate, multiplier)
+    C, C_final = add_curvature(C, C_final, expanded.G, state, prices)
+    return C, expanded.F, C_final, expanded.G, first.control_cost + first.control_pull

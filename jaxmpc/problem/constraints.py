@@ -5,7 +5,9 @@ is therefore (x_t, u_{t−1}), and the rate a cost and two rows a control like a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,108 +15,118 @@ from jax import Array
 
 from jaxmpc import validation
 from jaxmpc.problem.prices import Prices
-from jaxmpc.problem.problem import Data, Layout, Model
-from jaxmpc.riccati.rows import Rows
+from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.riccati.point import Rows
 from jaxmpc.types import Constraints, Multipliers, Rate, Slack, Solution
 
-_STAGE = ("inequality", "equality")
-_FINAL = ("terminal_inequality", "terminal_equality")
+
+class Kind(NamedTuple):
+    """One kind of constraint. It has the same name in ``Constraints`` and in ``Multipliers``."""
+
+    name: str
+    rows: str  # the letter of their number
+    final: bool = False
+    equality: bool = False
+    slack: str | None = None  # the entry of ``Constraints`` that makes them soft
+
+
+# Every kind, in the order in which they lie among the rows. All but the rate are functions.
+KINDS = (
+    Kind("inequality", "p", slack="slack"),
+    Kind("rate", "m"),  # the upper limits, then as many lower ones
+    Kind("equality", "r", equality=True),
+    Kind("terminal_inequality", "q", final=True, slack="terminal_slack"),
+    Kind("terminal_equality", "s", final=True, equality=True),
+)
 
 
 def constraint_functions(constraints: Constraints) -> dict[str, Callable]:
     """The user's functions, by the names that errors give them."""
-    given = {f"constraints.{name}": getattr(constraints, name) for name in (*_STAGE, *_FINAL)}
-    return {name: fn for name, fn in given.items() if fn is not None}
+    given = {kind.name: getattr(constraints, kind.name) for kind in KINDS if kind.name != "rate"}
+    return {f"constraints.{name}": fn for name, fn in given.items() if fn is not None}
 
 
 def with_constraints(
-    model: Model,
+    problem: Problem,
     data: Data,
     functions: dict[str, Callable],
     sizes: dict[str, int],
     constraints: Constraints,
-) -> tuple[Model, Data]:
+) -> tuple[Problem, Data]:
     """The problem with its constraints; ``functions`` are pure, and ``sizes`` their rows."""
     T, m = data.u_init.shape
     dtype = data.x_init.dtype
-    named = {name: functions.get(f"constraints.{name}") for name in (*_STAGE, *_FINAL)}
-    counts = {name: sizes.get(f"constraints.{name}") for name in named}
+    functions = {name.removeprefix("constraints."): fn for name, fn in functions.items()}
+    counts = {name.removeprefix("constraints."): size for name, size in sizes.items()}
     rate = constraints.rate
-    limited = rate is not None and rate.limit is not None
-    layout = Layout(
-        **counts,
-        rate=m if limited else None,
-        states=None if rate is None else data.x_init.shape[0],
-    )
-    stage = [named[name] for name in _STAGE]
-    change = None
     if rate is not None:
-        model, data, stage, change = _with_rate(model, data, stage, rate)
-    model = model._replace(
-        constraint=_together([stage[0], change, stage[1]]),
-        final_constraint=_together([named[name] for name in _FINAL]),
-        layout=layout,
+        problem, data, functions = _with_rate(problem, data, functions, rate)
+        counts["rate"] = 2 * m if rate.limit is not None else 0
+    problem = problem._replace(
+        constraint=_together((functions.get(k.name) for k in KINDS if not k.final), dtype),
+        final_constraint=_together((functions.get(k.name) for k in KINDS if k.final), dtype),
+        counts=tuple(counts.get(kind.name, 0) for kind in KINDS),
     )
-    if not model.constrained:
-        return model, data
-
-    inequality, equality = (
-        None if count is None else (T, count) for count in (counts[name] for name in _STAGE)
+    prices, multipliers = [], []
+    for kind, count in zip(KINDS, problem.counts, strict=True):
+        shape = (count,) if kind.final else (T, count)
+        prices.append(_prices(kind, shape, constraints, dtype))
+        multipliers.append(_first_multipliers(kind, shape, constraints.multipliers, dtype))
+    return problem, data._replace(
+        prices=Prices(*(_as_rows(part) for part in zip(*prices, strict=True))),
+        multipliers=_as_rows(multipliers),
     )
-    end_inequality, end_equality = (
-        None if count is None else (count,) for count in (counts[name] for name in _FINAL)
-    )
-    stages = [
-        _inequality("slack", constraints.slack, inequality, "[T, p]", dtype),
-        _inequality("rate", None, (T, 2 * m) if limited else None, "", dtype),
-        _equality(equality, dtype),
-    ]
-    ends = [
-        _inequality("terminal_slack", constraints.terminal_slack, end_inequality, "[q]", dtype),
-        _equality(end_equality, dtype),
-    ]
-    stage_prices, end_prices = _join(stages), _join(ends)
-    prices = Prices(*(Rows(*both) for both in zip(stage_prices, end_prices, strict=True)))
-    mu = _pack(layout, constraints.multipliers or Multipliers(), T, dtype)
-    return model, data._replace(prices=prices, multipliers=mu)
 
 
-def _together(functions):
+def _together(functions, dtype):
     functions = [fn for fn in functions if fn is not None]
-    if len(functions) < 2:
-        return functions[0] if functions else None
+    if not functions:
+        return lambda *args: jnp.zeros(0, dtype)
+    if len(functions) == 1:
+        return functions[0]
     return lambda *args: jnp.concatenate([fn(*args) for fn in functions])
 
 
-def _inequality(name, slack: Slack | None, shape, meaning, dtype):
-    """The three prices of a block of inequalities; None where there is no such block."""
-    if shape is None:
-        if slack is not None:
-            raise ValueError(
-                f"constraints.{name} is a price of inequalities, but there are none of that kind"
-            )
-        return None
-    linear, quadratic = (np.inf, 0.0) if slack is None else (slack.linear, slack.quadratic)
-    where = f"constraints.{name}"
-    linear = validation.weight(f"{where}.linear", linear, shape, meaning)
-    quadratic = validation.weight(f"{where}.quadratic", quadratic, shape, meaning, finite=True)
-    return jnp.zeros(shape, dtype), linear.astype(dtype), quadratic.astype(dtype)
+def _as_rows(blocks) -> Rows:
+    """Something for each kind of constraint, as one array for the stages and one for the end."""
+    blocks = list(zip(KINDS, blocks, strict=True))
+    stage = [block for kind, block in blocks if not kind.final]
+    final = [block for kind, block in blocks if kind.final]
+    return Rows(jnp.concatenate(stage, axis=-1), jnp.concatenate(final, axis=-1))
 
 
-def _equality(shape, dtype):
-    if shape is None:
-        return None
-    return tuple(jnp.full(shape, value, dtype) for value in (-np.inf, np.inf, 0.0))
+def _prices(kind: Kind, shape, constraints: Constraints, dtype) -> tuple[Array, Array, Array]:
+    """Those of one kind, as in ``Prices``."""
+    slack: Slack | None = getattr(constraints, kind.slack) if kind.slack else None
+    where = f"constraints.{kind.slack}"
+    if slack is None:
+        slack = Slack(np.inf, 0.0)
+    elif not shape[-1]:
+        raise ValueError(f"{where} is a price of inequalities, but there are none of that kind")
+    letters = f"[{kind.rows}]" if kind.final else f"[T, {kind.rows}]"
+    weight = functools.partial(validation.weight, shape=shape, meaning=letters)
+    linear = weight(f"{where}.linear", slack.linear)
+    quadratic = weight(f"{where}.quadratic", slack.quadratic, finite=True)
+    lower = jnp.full(shape, -np.inf if kind.equality else 0, dtype)
+    return lower, linear.astype(dtype), quadratic.astype(dtype)
 
 
-def _join(blocks):
-    blocks = [block for block in blocks if block is not None]
-    if not blocks:
-        return None, None, None
-    return tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True))
+def _first_multipliers(kind: Kind, shape, given: Multipliers | None, dtype) -> Array:
+    """Where the search starts: 0, if the user does not say."""
+    value = getattr(given, kind.name) if given is not None and shape[-1] else None
+    if value is None:
+        return jnp.zeros(shape, dtype)
+    where = f"constraints.multipliers.{kind.name}"
+    array = validation.floating(where, value).astype(dtype)
+    if kind.name == "rate":
+        validation.has_shape(where, array, (shape[0], shape[1] // 2), "[T, m]")
+        return jnp.maximum(jnp.concatenate([array, -array], axis=1), 0)
+    letters = f"[{kind.rows}]" if kind.final else f"[T, {kind.rows}]"
+    validation.has_shape(where, array, shape, letters)
+    return array
 
 
-def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
+def _with_rate(problem: Problem, data: Data, functions: dict[str, Callable], rate: Rate):
     """The problem with the control before in its state, and the rows that bound the change."""
     T, m = data.u_init.shape
     n, dtype = data.x_init.shape[0], data.x_init.dtype
@@ -129,13 +141,13 @@ def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
     }
 
     def cost(x, u, t, theta):
-        value = model.cost(x[:n], u, t, theta)
-        if "weight" in theta["rate"]:
-            value += 0.5 * jnp.sum(theta["rate"]["weight"][t] * (u - x[n:]) ** 2)
+        value = problem.cost(x[:n], u, t, theta)
+        if "weight" in given:
+            value += 0.5 * jnp.sum(theta.constants["rate"]["weight"][t] * (u - x[n:]) ** 2)
         return value
 
     def change(x, u, t, theta):
-        limit = theta["rate"]["limit"][t]
+        limit = theta.constants["rate"]["limit"][t]
         # No limit, no row: any number below 0 will do.
         finite = jnp.isfinite(limit)
         limit = jnp.where(finite, limit, 0)
@@ -143,79 +155,44 @@ def _with_rate(model: Model, data: Data, stage: list, rate: Rate):
         return jnp.concatenate([jnp.where(finite, up, -1), jnp.where(finite, down, -1)])
 
     def of_state(fn):
-        return None if fn is None else lambda x, *rest: fn(x[:n], *rest)
+        return lambda x, *rest: fn(x[:n], *rest)
 
     def dynamics(x, u, t, theta):
-        return jnp.concatenate([model.dynamics(x[:n], u, t, theta), u])
+        return jnp.concatenate([problem.dynamics(x[:n], u, t, theta), u])
 
-    augmented = model._replace(
-        cost=cost, dynamics=dynamics, terminal_cost=of_state(model.terminal_cost), given=()
+    augmented = problem._replace(
+        cost=cost, dynamics=dynamics, terminal_cost=of_state(problem.terminal_cost), given=()
     )
+    constants = data.theta.constants | {"rate": given}
     data = data._replace(
-        theta=data.theta | {"rate": given},
+        theta=dataclasses.replace(data.theta, constants=constants),
         x_init=jnp.concatenate([data.x_init, previous.astype(dtype)]),
     )
-    return augmented, data, [of_state(fn) for fn in stage], change if "limit" in given else None
+    functions = {name: of_state(fn) for name, fn in functions.items()}
+    return augmented, data, functions | ({"rate": change} if "limit" in given else {})
 
 
-def _pack(layout: Layout, mu: Multipliers, T: int, dtype) -> Rows:
-    """The multipliers that a search starts with, by rows."""
-
-    def block(name, count, shape, meaning):
-        value = getattr(mu, name)
-        if count is None:
-            return []
-        if value is None:
-            return [jnp.zeros(shape, dtype)]
-        array = validation.floating(f"constraints.multipliers.{name}", value).astype(dtype)
-        validation.has_shape(f"constraints.multipliers.{name}", array, shape, meaning)
-        return [array]
-
-    rate = block("rate", layout.rate, (T, layout.rate), "[T, m]")
-    stage = [
-        *block("inequality", layout.inequality, (T, layout.inequality), "[T, p]"),
-        *(jnp.maximum(sign * array, 0) for array in rate for sign in (1, -1)),
-        *block("equality", layout.equality, (T, layout.equality), "[T, r]"),
-    ]
-    final = [
-        *block(
-            "terminal_inequality", layout.terminal_inequality, (layout.terminal_inequality,), "[q]"
-        ),
-        *block("terminal_equality", layout.terminal_equality, (layout.terminal_equality,), "[s]"),
-    ]
-    return Rows(*(jnp.concatenate(parts, axis=-1) if parts else None for parts in (stage, final)))
-
-
-def named_multipliers(layout: Layout, rows: Rows) -> Multipliers:
-    """Multipliers by the user's names."""
+def named_multipliers(problem: Problem, rows: Rows) -> Multipliers:
+    """Multipliers by the user's names; None for those that the problem does not have."""
     found: dict[str, Array] = {}
-
-    def take(array, name, count):
-        if count is None:
-            return array
-        found[name] = array[..., :count]
-        return array[..., count:]
-
-    rest = take(rows.stage, "inequality", layout.inequality)
-    if layout.rate is not None:
-        m = layout.rate
-        found["rate"] = rest[..., :m] - rest[..., m : 2 * m]
-        rest = rest[..., 2 * m :]
-    take(rest, "equality", layout.equality)
-    rest = take(rows.final, "terminal_inequality", layout.terminal_inequality)
-    take(rest, "terminal_equality", layout.terminal_equality)
+    begins = {False: 0, True: 0}
+    for kind, count in zip(KINDS, problem.counts, strict=True):
+        if count:
+            begin = begins[kind.final]
+            own = (rows.final if kind.final else rows.stage)[..., begin : begin + count]
+            if kind.name == "rate":
+                own = own[..., : count // 2] - own[..., count // 2 :]
+            found[kind.name] = own
+            begins[kind.final] += count
     return Multipliers(**found)
 
 
-def for_user(model: Model, solution: Solution) -> Solution:
+def for_user(problem: Problem, solution: Solution) -> Solution:
     """A solution in the terms of the user's problem."""
-    layout = model.layout
-    if layout.states is not None:
-        n = layout.states
-        solution = dataclasses.replace(
-            solution, x=solution.x[:, :n], costate=solution.costate[:, :n]
-        )
-    if model.constrained:
-        multipliers = named_multipliers(layout, solution.multipliers)
-        solution = dataclasses.replace(solution, multipliers=multipliers)
-    return solution
+    n = problem.num_states
+    multipliers = None
+    if problem.constrained:
+        multipliers = named_multipliers(problem, solution.multipliers)
+    return dataclasses.replace(
+        solution, x=solution.x[:, :n], costate=solution.costate[:, :n], multipliers=multipliers
+    )

@@ -5,6 +5,7 @@ others, but the solver need not differentiate them: their expansions are the mat
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch import lanes
+from jaxmpc.problem.problem import Theta
 
 
 @jax.tree_util.register_dataclass
@@ -90,3 +93,69 @@ def _shaped(name: str, value, shape: tuple[int, ...], letters: str, T: int | Non
             expected = f"[T, {letters}] = {list(full)} or {expected}"
         raise ValueError(f"{name} must have shape {expected}, got {list(array.shape)}")
     return array
+
+
+# What the solver needs of them, along z [T, ...]. What all stages share is not repeated for each.
+
+
+def _of(theta: Theta, name: str):
+    """The matrices of a function; of a batch, on every lane."""
+    given = theta.constants[name]
+    if not theta.lanes:
+        return given
+    (width,) = theta.lanes
+    batched = jax.tree.unflatten(jax.tree.structure(theta), theta.batched).constants[name]
+    return jax.tree.map(lambda a, own: a if own else lanes.spread(a, width), given, batched)
+
+
+def _shared(theta: Theta, array: Array, rank: int) -> bool:
+    """Whether a matrix or vector is there once for all stages."""
+    return array.ndim == rank + len(theta.lanes)
+
+
+def _per_stage(theta: Theta, fn, given: Any, z: Array) -> Array:
+    """``fn(C_t, c_t, z_t)`` at every stage."""
+    pairs = ((given.C, 2), (given.c, 1))
+    axes = (None if _shared(theta, array, rank) else 0 for array, rank in pairs)
+    return jax.vmap(fn, (*axes, 0))(given.C, given.c, z)
+
+
+def _at_all_stages(theta: Theta, array: Array, T: int) -> Array:
+    return jnp.broadcast_to(array, (T, *array.shape)) if _shared(theta, array, 2) else array
+
+
+def values(theta: Theta, name: str, z: Array) -> Array:
+    """½ zᵀ C z + cᵀ z at every stage, [T]."""
+
+    def value(C, c, z):
+        return lanes.dot(z, 0.5 * lanes.matvec(C, z) + c)
+
+    return _per_stage(theta, value, _of(theta, name), z)
+
+
+def expand_quadratic(theta: Theta, name: str, z: Array) -> tuple[Array, Array]:
+    """C z + c and C, at every stage."""
+    given = _of(theta, name)
+    gradient = _per_stage(theta, lambda C, c, z: lanes.matvec(C, z) + c, given, z)
+    return gradient, _at_all_stages(theta, given.C, len(z))
+
+
+def jacobians(theta: Theta, name: str, T: int) -> Array:
+    """F at every stage."""
+    return _at_all_stages(theta, _of(theta, name).F, T)
+
+
+def transition(theta: Theta, name: str):
+    """The dynamics as a function of (x, u, now), and what ``now`` is at each stage."""
+    given = _of(theta, name)
+    arrays = given.F, given.f
+    shared = _shared(theta, given.F, 2), _shared(theta, given.f, 1)
+
+    def step(x, u, now):
+        F, f = (
+            a if one else of_stage for a, one, of_stage in zip(arrays, shared, now, strict=True)
+        )
+        z = jnp.concatenate([x, u])
+        return lanes.materialize(lambda F, z, f: lanes.matvec(F, z) + f, F, z, f)
+
+    return step, tuple(None if one else a for a, one in zip(arrays, shared, strict=True))

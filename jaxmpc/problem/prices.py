@@ -1,5 +1,11 @@
-"""What a row of the constraints costs: nothing or everything where it is hard, a price of its slack
-where it is soft."""
+"""What a row g of the constraints costs: its price, with slope, curvature and margin.
+
+    hard inequality   0 where g ≤ 0, ∞ beyond
+    equality          0 where g = 0, ∞ beyond
+    soft inequality   0 where g ≤ 0, linear g + ½ quadratic g² beyond, with slack
+
+At a solution a row is inactive, or active: held at g = 0 by its multiplier, or beyond, with slack.
+"""
 
 from typing import NamedTuple
 
@@ -7,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc.riccati.rows import Rows, add_squares, largest, total
+from jaxmpc.riccati.point import Rows
+from jaxmpc.riccati.rows import add_squares, largest, total
 
 
 class Prices(NamedTuple):
-    """What it costs to violate a row (``augmented``)."""
+    """The price of every row."""
 
     lower: Rows  # of the multiplier: 0 for inequalities, −∞ for equalities
     linear: Rows  # ∞ for hard rows
@@ -19,21 +26,57 @@ class Prices(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """Which piece of ψ a row is on, and the slope of that piece."""
+    """Which piece of its price every row is on, and the slope there."""
 
     multiplier: Rows  # ν
-    active: Rows  # bool: held at g = 0
-    beyond: Rows  # bool: soft, with slack
+    active: Rows  # bool
+    beyond: Rows  # bool
+
+
+def _paid(g, beyond, linear, quadratic):
+    # ∞ for hard rows, and 0 · ∞ has no derivative.
+    linear = jnp.where(beyond, linear, 0)
+    return jnp.where(beyond, (linear + 0.5 * quadratic * g) * g, 0)
 
 
 def slack_price(g: Rows, prices: Prices) -> Array:
     """What the slack of soft rows costs."""
 
     def paid(g, linear, quadratic):
-        soft, slack = jnp.isfinite(linear), jnp.maximum(g, 0)
-        return jnp.where(soft, (jnp.where(soft, linear, 0) + 0.5 * quadratic * slack) * slack, 0)
+        return _paid(g, (g > 0) & jnp.isfinite(linear), linear, quadratic)
 
     return total(jax.tree.map(paid, g, prices.linear, prices.quadratic))
+
+
+def row_terms(g, state: RowState, prices: Prices):
+    """What the rows add to the Lagrangian: ν g where they are active, their price beyond. Of all
+    rows, or of one array of them."""
+
+    def term(g, multiplier, active, beyond, lower, linear, quadratic):
+        return jnp.where(active, multiplier * g, _paid(g, beyond, linear, quadratic))
+
+    return jax.tree.map(term, g, *state, *prices)
+
+
+def slopes(g: Rows, state: RowState, prices: Prices) -> Rows:
+    """The derivative of ``row_terms`` in g, which is the multiplier: an unknown of the KKT system
+    where the row is active, given by its price where it has slack."""
+
+    def slope(g, multiplier, active, beyond, lower, linear, quadratic):
+        paid = jnp.where(beyond, jnp.where(beyond, linear, 0) + quadratic * g, 0)
+        return jnp.where(active, multiplier, paid)
+
+    return jax.tree.map(slope, g, *state, *prices)
+
+
+def add_curvature(
+    C: Array, C_final: Array, G: Rows, state: RowState, prices: Prices
+) -> tuple[Array, Array]:
+    """C and C_final with the curvature of ``row_terms``: that of the price where there is slack."""
+    weights = jax.tree.map(
+        lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
+    )
+    return add_squares(C, C_final, G, weights)
 
 
 def largest_violation(g: Rows, prices: Prices) -> Array:
@@ -46,7 +89,7 @@ def largest_violation(g: Rows, prices: Prices) -> Array:
     return largest(jax.tree.map(broken, g, prices.lower, prices.linear))
 
 
-def margins(g: Rows, rows: RowState, prices: Prices) -> tuple[Array, Array]:
+def margins(g: Rows, state: RowState, prices: Prices) -> tuple[Array, Array]:
     """How far the rows are from another piece: the multipliers of the active inequalities from
     their ends, and the values of the other rows from 0."""
 
@@ -57,22 +100,8 @@ def margins(g: Rows, rows: RowState, prices: Prices) -> tuple[Array, Array]:
     def of_value(g, active):
         return -jnp.where(active, jnp.inf, jnp.abs(g))
 
-    multiplier = jax.tree.map(
-        of_multiplier, rows.multiplier, rows.active, prices.lower, prices.linear
+    multipliers = jax.tree.map(
+        of_multiplier, state.multiplier, state.active, prices.lower, prices.linear
     )
-    return -largest(multiplier), -largest(jax.tree.map(of_value, g, rows.active))
-
-
-def row_terms(g, multiplier, active, beyond, linear, quadratic):
-    """What a row adds to the Lagrangian: νᵀg where it holds, its price where it has slack."""
-    linear = jnp.where(beyond, linear, 0)  # ∞ for hard rows, and 0 · ∞ has no derivative
-    paid = jnp.where(beyond, (linear + 0.5 * quadratic * g) * g, 0)
-    return jnp.where(active, multiplier * g, paid)
-
-
-def priced(C, C_final, G: Rows, state: RowState, prices: Prices):
-    """C and C_final with the curvature of the prices of the rows with slack."""
-    weights = jax.tree.map(
-        lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
-    )
-    return add_squares(C, C_final, G, weights)
+    values = jax.tree.map(of_value, g, state.active)
+    return -largest(multipliers, -jnp.inf), -largest(values, -jnp.inf)

@@ -14,31 +14,45 @@ from jax import Array
 from jax.extend import core
 
 from jaxmpc import validation
-from jaxmpc.problem import matrices
 from jaxmpc.problem.constraints import constraint_functions, with_constraints
-from jaxmpc.problem.matrices import Affine, Quadratic
-from jaxmpc.problem.problem import Data, Model
+from jaxmpc.problem.matrices import Affine, Quadratic, checked
+from jaxmpc.problem.prices import Prices
+from jaxmpc.problem.problem import Data, Problem, Theta
+from jaxmpc.riccati.point import no_rows
+from jaxmpc.types import Constraints, Options
 
 
 def trace(
-    cost, dynamics, x_init, u_init, params, terminal_cost, u_lower, u_upper, constraints=None
-) -> tuple[Model, Data]:
-    """Check the arguments and trace the user's functions."""
+    cost,
+    dynamics,
+    x_init,
+    u_init,
+    params,
+    *,
+    terminal_cost=None,
+    u_lower=None,
+    u_upper=None,
+    constraints: Constraints | None = None,
+    options: Options = Options(),
+) -> tuple[Problem, Data, Options]:
+    """Check the arguments of a public call, and trace the user's functions."""
+    validation.check_options(options)
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
     validation.check_params(params)
     named = dict(cost=cost, dynamics=dynamics)
     if terminal_cost is not None:
         named["terminal_cost"] = terminal_cost
-    if constraints is not None:
-        validation.check_constraints(constraints)
-        named |= constraint_functions(constraints)
-    T, m = u_init.shape
+    if constraints is None:
+        constraints = Constraints()
+    validation.check_constraints(constraints)
+    named |= constraint_functions(constraints)
+    (n,), (T, m) = x_init.shape, u_init.shape
     given = []
     for name, fn in named.items():
         validation.check_callable(name, fn)
         if isinstance(fn, Affine if name == "dynamics" else Quadratic):
             given.append(name)
-            named[name] = matrices.checked(name, fn, x_init.shape[0], m, T)
+            named[name] = checked(name, fn, n, m, T)
 
     dtype = jnp.result_type(x_init, u_init, u_lower, u_upper)
     while True:
@@ -58,24 +72,30 @@ def trace(
 
         def call(*args):
             *point, theta = args
-            out = fn(theta["constants"][name], *point, theta["params"])
+            out = fn(theta.constants[name], *point, theta.params)
             return out.astype(dtype)
 
         return call
 
     constants = {name: constants for name, (_, constants, _) in traced.items()}
     constants |= {name: jax.tree.map(lambda a: a.astype(dtype), named[name]) for name in given}
-    theta = {"params": params, "constants": constants}
     functions = {name: pure(name) for name in traced}
-    model = Model(
-        functions.pop("cost"), functions.pop("dynamics"), functions.pop("terminal_cost", None)
-    )._replace(given=tuple(given))
-    arrays = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
-    data = Data(theta, *arrays)
-    if constraints is None:
-        return model, data
+    none = no_rows(T, dtype)
+    problem = Problem(
+        cost=functions.pop("cost"),
+        dynamics=functions.pop("dynamics"),
+        terminal_cost=functions.pop("terminal_cost", lambda x, theta: jnp.zeros((), dtype)),
+        constraint=lambda *args: none.final,
+        final_constraint=lambda *args: none.final,
+        given=tuple(given),
+        num_states=n,
+    )
+    x_init, u_init, u_lower, u_upper = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
+    theta, prices = Theta(params, constants), Prices(none, none, none)
+    data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none)
     sizes = {name: traced[name][2].shape[0] for name in functions}
-    return with_constraints(model, data, functions, sizes, constraints)
+    problem, data = with_constraints(problem, data, functions, sizes, constraints)
+    return problem, data, validation.with_trust_region(options, data.u_init)
 
 
 _STAGE = jax.ShapeDtypeStruct((), jnp.int32)

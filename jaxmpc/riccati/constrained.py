@@ -1,4 +1,4 @@
-"""The LQR's KKT system with active constraints, G z + g = 0, in O(T).
+"""The LQR's KKT system with active rows, G z + g = 0, in O(T).
 
     [ C   Fᵀ  Gᵀ ]
     [ F   0   0  ]  with G replaced by 0 in rows that are not active.
@@ -18,6 +18,7 @@ Jallet et al. 2024 (arXiv:2405.09197); the least squares: Chiche and Gilbert 201
 Lagrangian algorithm can deal with an infeasible convex quadratic optimization problem.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,19 +26,38 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.riccati.rows import Rows, add_pull, add_squares
-from jaxmpc.riccati.sequential import Factors, Point, Rhs
+from jaxmpc.riccati.point import Point, Rhs, Rows, no_rows, z_of
+from jaxmpc.riccati.rows import add_pull, add_squares, along_rows
+from jaxmpc.riccati.sequential import Factors
 
 _MAX_CORRECTIONS = 50
 _CONVERGES = 0.9  # corrections shrink at least so fast, until rounding
 
 
 class ActiveRows(NamedTuple):
-    """The constraints that hold with equality, and the penalty that the factors have for them."""
+    """The rows that hold with equality, and the penalty that the factors have for them."""
 
     G: Rows
     active: Rows  # bool
     rho: Array
+
+
+class System(NamedTuple):
+    """The matrices of the KKT system, with their factorization."""
+
+    factors: Factors  # of (C, F, C_final, free), with ρ GᵀG of the active rows in C and C_final
+    C: Array  # [T, n+m, n+m], symmetric, without them
+    F: Array  # [T, n, n+m]
+    C_final: Array  # [n, n]
+    free: Array  # [T, m] bool; the other controls are pinned to 0
+    rows: ActiveRows
+
+
+def no_active_rows(F: Array) -> ActiveRows:
+    """Those of an LQR without rows, with the dynamics F."""
+    T, n, both = F.shape
+    G = Rows(jnp.zeros((T, 0, both), F.dtype), jnp.zeros((0, n), F.dtype))
+    return ActiveRows(G, no_rows(T, bool), jnp.ones((), F.dtype))
 
 
 def penalised(C: Array, C_final: Array, rows: ActiveRows) -> tuple[Array, Array]:
@@ -47,50 +67,43 @@ def penalised(C: Array, C_final: Array, rows: ActiveRows) -> tuple[Array, Array]
 
 
 @lanes.any_rank
-def solve(
-    factors: Factors,
-    C: Array,
-    F: Array,
-    C_final: Array,
-    free: Array,
-    rows: ActiveRows,
-    rhs: Rhs,
-    substitute,
-) -> Point:
-    """The point where the LQR's Lagrangian is stationary; C without the penalty."""
-    n = rhs.x_init.shape[0]
-    stage, final = rows.G
-    G = Rows(
-        None if stage is None else jnp.where(rows.active.stage[:, :, None], stage, 0),
-        None if final is None else jnp.where(rows.active.final[:, None], final, 0),
-    )
+def residual(system: System, point: Point, rhs: Rhs) -> Rhs:
+    """What the point leaves of the right-hand side: ∇L of the LQR. At its solution that is 0, but
+    for c on the pinned controls: there it is what holds them."""
+    _, C, F, C_final, _, rows = system
+    x, u, costate, multiplier = point
+    n, z = C_final.shape[0], z_of(x, u)
     matvec, matvec_t = jax.vmap(lanes.matvec), jax.vmap(lanes.matvec_t)
+    c = matvec(C, z) + rhs.c + matvec_t(F, costate[1:])
+    c_final = lanes.matvec(C_final, x[-1]) + rhs.c_final - costate[-1]
+    c, c_final = add_pull(c, c_final, rows.G, _masked(multiplier, rows.active))
+    g = _masked(jax.tree.map(jnp.add, along_rows(rows.G, x, u), rhs.g), rows.active)
+    return Rhs(
+        x_init=rhs.x_init - x[0],
+        c=c.at[:, :n].add(-costate[:-1]),
+        f=matvec(F, z) + rhs.f - x[1:],
+        c_final=c_final,
+        g=g,
+    )
 
-    def apply_rows(x, u):
-        z = jnp.concatenate([x[:-1], u], axis=1)
-        stage = None if G.stage is None else matvec(G.stage, z)
-        return Rows(stage, None if G.final is None else lanes.matvec(G.final, x[-1]))
 
-    def masked(g):
-        return jax.tree.map(lambda g, active: jnp.where(active, g, 0), g, rows.active)
+def _masked(of_rows: Rows, active: Rows) -> Rows:
+    return jax.tree.map(lambda a, active: jnp.where(active, a, 0), of_rows, active)
 
-    def left(point: Point) -> Rhs:
-        """What the point leaves of the right-hand side."""
-        x, u, costate, multiplier = point
-        z = jnp.concatenate([x[:-1], u], axis=1)
-        c = matvec(C, z) + rhs.c + matvec_t(F, costate[1:])
-        c = c.at[:, :n].add(-costate[:-1])
-        c_final = lanes.matvec(C_final, x[-1]) + rhs.c_final - costate[-1]
-        c, c_final = add_pull(c, c_final, G, multiplier)
-        g = masked(jax.tree.map(jnp.add, apply_rows(x, u), rhs.g))
-        return Rhs(rhs.x_init - x[0], c, matvec(F, z) + rhs.f - x[1:], c_final, g)
+
+@lanes.any_rank
+def solve(system: System, rhs: Rhs, substitute: Callable) -> Point:
+    """The point where the LQR's Lagrangian is stationary; its rows may depend on each other."""
+    factors, _, F, _, _, (G, active, rho) = system
+
+    def weighed(g):
+        return jax.tree.map(lambda g: rho * g, _masked(g, active))
 
     def correction(rest: Rhs) -> Point:
-        scaled = jax.tree.map(lambda g: rows.rho * g, masked(rest.g))
-        c, c_final = add_pull(rest.c, rest.c_final, G, scaled)
-        point, _ = substitute(factors, F, Rhs(rest.x_init, c, rest.f, c_final))
-        moved = jax.tree.map(jnp.add, apply_rows(point.x, point.u), masked(rest.g))
-        return point._replace(multiplier=jax.tree.map(lambda g: rows.rho * g, moved))
+        c, c_final = add_pull(rest.c, rest.c_final, G, weighed(rest.g))
+        point, _ = substitute(factors, F, rest._replace(c=c, c_final=c_final))
+        g = jax.tree.map(jnp.add, along_rows(G, point.x, point.u), rest.g)
+        return point._replace(multiplier=weighed(g))
 
     def length(point: Point):
         parts = (point.x, point.u)
@@ -102,15 +115,14 @@ def solve(
 
     def improve(carry):
         point, last, going, count = carry
-        step = correction(left(point))
-        size = length(step)
-        good = going & (size < _CONVERGES * last)
-        new = jax.tree.map(lambda a, b: jnp.where(good, a + b, a), point, step)
-        eps = float(jnp.finfo(C.dtype).eps)
-        return new, jnp.where(good, size, last), good & (size > eps * length(new)), count + 1
+        step = correction(residual(system, point, rhs))
+        moved = length(step)
+        good = going & (moved < _CONVERGES * last)
+        new = lanes.select(good, jax.tree.map(jnp.add, point, step), point)
+        going = good & (moved > lanes.eps(rho) * length(new))
+        return new, jnp.where(good, moved, last), going, count + 1
 
-    first = correction(rhs._replace(g=masked(rhs.g)))
-    yes = jnp.ones(rows.rho.shape, bool)
-    start = first, length(first), yes, jnp.int32(0)
+    first = correction(rhs)
+    start = first, length(first), jnp.ones(rho.shape, bool), jnp.int32(0)
     point, *_ = lax.while_loop(unfinished, improve, start)
     return point

@@ -25,7 +25,8 @@ from jax.custom_batching import custom_vmap
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import masked_inverse
-from jaxmpc.riccati.sequential import Factors, Point, Rhs, quadratic_form, riccati_stage
+from jaxmpc.riccati.point import Point, Rhs
+from jaxmpc.riccati.sequential import Factors, no_multipliers, quadratic_form, riccati_stage
 
 # What the recursion may miss by, in units of rounding of the terms it sums up. On random systems
 # (n = 8, costs over ten decades, half of them unstable) sound results missed by 3 in the median
@@ -51,14 +52,7 @@ def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     v = _recursion_back(_apply, closed, _append(pull, rhs.c_final))
     k = -_apply(Quu_inv, c_u + _apply(_transpose(B), v[1:] + V_f))
     x = _recursion(_apply, closed, jnp.concatenate([rhs.x_init[None], _apply(B, k) + rhs.f]))
-    return Point(x, _apply(K, x[:-1]) + k, _apply(V, x) + v), k
-
-
-def solve(
-    C: Array, F: Array, C_final: Array, free: Array, rhs: Rhs
-) -> tuple[Factors, Point, Array]:
-    factors = factorize(C, F, C_final, free)
-    return factors, *substitute(factors, F, rhs)
+    return Point(x, _apply(K, x[:-1]) + k, _apply(V, x) + v, no_multipliers(rhs)), k
 
 
 @jax.custom_jvp
@@ -76,10 +70,10 @@ def _cost_to_go(C: Array, F: Array, C_final: Array, free: Array) -> Array:
     gap = jnp.abs(factors.V - V[:-1])
     holds = jnp.all(gap <= _tolerance(V.dtype) * size[:, :, None] * size[:, None, :])
 
-    def sequential(C, F, C_final, free):
+    def stage_by_stage(C, F, C_final, free):
         return sequential.factorize(C, F, C_final, free).V
 
-    return _replaced_by(sequential)(~holds, V, (C, F, C_final, free))
+    return _replaced_by(stage_by_stage)(~holds, V, (C, F, C_final, free))
 
 
 @_cost_to_go.defjvp
@@ -255,7 +249,7 @@ def _closed_loop(F, K):
 
 
 def _tolerance(dtype) -> float:
-    return _ROUNDING * float(jnp.finfo(dtype).eps)
+    return _ROUNDING * lanes.eps(dtype)
 
 
 def _apply(F, x):

@@ -76,4 +76,4 @@ def _sweep(A, k):
 
 def definite_threshold(dtype) -> float:
     """Pivots below this share of the terms they were computed from have no sign."""
-    return 16 * float(jnp.finfo(dtype).eps)
+    return 16 * lanes.eps(dtype)

@@ -4,7 +4,7 @@ the substitutions that solve with it.
 For one problem, or for a batch on the last axis of every array (``lanes``).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import masked_inverse
+from jaxmpc.riccati.point import Point, Rhs, Rows
 
 
 class Factors(NamedTuple):
@@ -21,25 +22,6 @@ class Factors(NamedTuple):
     Quu_inv: Array  # [T, m, m], the inverse on the free controls
     V: Array  # [T+1, n, n], the Hessian of the optimal cost-to-go
     curvature: Array  # [T], the smallest pivot of Q_uu on the free controls, relative
-
-
-class Rhs(NamedTuple):
-    """What the KKT system is solved for: the terms of the LQR that C and F do not hold."""
-
-    x_init: Array  # [n]
-    c: Array  # [T, n+m]
-    f: Array  # [T, n]
-    c_final: Array  # [n]
-    g: Any = None  # Rows, of the active constraints, if there are any
-
-
-class Point(NamedTuple):
-    """A plan with its states and costates: the unknowns of the KKT system."""
-
-    x: Array  # [T+1, n]
-    u: Array  # [T, m]
-    costate: Array  # [T+1, n]
-    multiplier: Any = None  # Rows, of the constraints, if there are any
 
 
 def quadratic_form(C, F, V):
@@ -91,9 +73,14 @@ def factorize(C: Array, F: Array, C_final: Array, free: Array) -> Factors:
     return Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
 
 
+def no_multipliers(rhs: Rhs) -> Rows:
+    """Those of the rows in an LQR that does not have them: 0."""
+    return jax.tree.map(jnp.zeros_like, rhs.g)
+
+
 @lanes.any_rank
 def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
-    """Back and forward substitution: the plan, and the feedforward terms k."""
+    """Back and forward substitution: the plan without rows, and the feedforward terms k."""
     n = rhs.x_init.shape[0]
 
     def backward(v, data):
@@ -116,11 +103,4 @@ def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     x = jnp.concatenate([x, x_final[None]])
     affine = jnp.concatenate([v, rhs.c_final[None]])
     costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
-    return Point(x, u, costate), k
-
-
-def solve(
-    C: Array, F: Array, C_final: Array, free: Array, rhs: Rhs
-) -> tuple[Factors, Point, Array]:
-    factors = factorize(C, F, C_final, free)
-    return factors, *substitute(factors, F, rhs)
+    return Point(x, u, costate, no_multipliers(rhs)), k

@@ -29,7 +29,8 @@ from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import Expansion
 from jaxmpc.problem.prices import Prices, RowState
 from jaxmpc.problem.problem import Data
-from jaxmpc.riccati.rows import Rows, largest
+from jaxmpc.riccati.point import Rows
+from jaxmpc.riccati.rows import along_rows, largest
 from jaxmpc.solver.box_qp import clamped
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
@@ -64,7 +65,7 @@ def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, tuple[Array,
     """With a first ρ, if there is none yet; and the largest ρ far from feasible, and near."""
     stiffness = _stiffness(expansion)
     rho = jnp.where(penalty.rho > 0, penalty.rho, _FIRST * stiffness)
-    near = _eps(rho) ** -_DIGITS
+    near = lanes.eps(rho) ** -_DIGITS
     return penalty._replace(rho=rho), (stiffness * max(_LARGEST, near), stiffness * near)
 
 
@@ -79,21 +80,15 @@ def _stiffness(expansion: Expansion) -> Array:
     # Where one is not priced at all, the other's scale is all there is to go by.
     of_x, of_u = jnp.where(of_x > 0, of_x, of_u), jnp.where(of_u > 0, of_u, of_x)
     stage, final = expansion.G
-    softest = jnp.zeros_like(of_x)
-    if stage is not None:
-        row = (
-            jnp.max(stage[:, :, :n] ** 2, axis=2) / of_x
-            + jnp.max(stage[:, :, n:] ** 2, axis=2) / of_u
-        )
-        softest = jnp.maximum(softest, jnp.max(row, axis=(0, 1)))
-    if final is not None:
-        softest = jnp.maximum(softest, jnp.max(final**2, axis=(0, 1)) / of_x)
+    of_stage = jnp.max(stage[:, :, :n] ** 2, axis=2) / of_x
+    of_stage += jnp.max(stage[:, :, n:] ** 2, axis=2) / of_u
+    softest = largest(Rows(of_stage, jnp.max(final**2, axis=1) / of_x))
     usable = (softest > 0) & jnp.isfinite(softest)
     return jnp.where(usable, 1 / jnp.where(usable, softest, 1), 1)
 
 
 def update(
-    rows: RowState,
+    state: RowState,
     penalty: Penalty,
     gap: Array,
     size: Array,
@@ -108,7 +103,7 @@ def update(
     room = penalty.rho * _GROWTH <= most
     stalled = ~closed & ~room & (gap > _STALLED * penalty.gap)
     return Penalty(
-        mu=rows.multiplier,
+        mu=state.multiplier,
         rho=jnp.where(slow & room, penalty.rho * _GROWTH, penalty.rho),
         gap=gap,
         stalls=jnp.where(stalled, penalty.stalls + 1, 0),
@@ -128,12 +123,8 @@ def follow(ahead: RowState, g: Rows, penalty: Penalty) -> Penalty:
 
 def drowned(residual: Array, penalty: Penalty, expansion: Expansion, size: Array) -> Array:
     """Whether the gradient is what the rounding of g makes of it, by way of ρ."""
-    rounding = _eps(size) * penalty.rho * size * slope(expansion)
+    rounding = lanes.eps(size) * penalty.rho * size * slope(expansion)
     return residual <= _ROUNDING * rounding
-
-
-def _eps(a: Array) -> float:
-    return float(jnp.finfo(a.dtype).eps)
 
 
 def values(g: Rows, penalty: Penalty, prices: Prices) -> Rows:
@@ -149,9 +140,9 @@ def values(g: Rows, penalty: Penalty, prices: Prices) -> Rows:
 
 
 def _multiplier(g, mu, rho, lower, linear, quadratic):
-    free = mu + rho * g
-    beyond = jnp.maximum(free - linear, 0)
-    return jnp.clip(free, lower, linear) + quadratic / (rho + quadratic) * beyond
+    shifted = mu + rho * g
+    beyond = jnp.maximum(shifted - linear, 0)
+    return jnp.clip(shifted, lower, linear) + quadratic / (rho + quadratic) * beyond
 
 
 def state(g: Rows, penalty: Penalty, prices: Prices) -> RowState:
@@ -160,10 +151,10 @@ def state(g: Rows, penalty: Penalty, prices: Prices) -> RowState:
 
 
 def _pieces(g: Rows, penalty: Penalty, prices: Prices) -> tuple[Rows, Rows]:
-    free = jax.tree.map(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
-    beyond = jax.tree.map(jnp.greater, free, prices.linear)
-    held = jax.tree.map(jnp.greater, free, prices.lower)
-    return jax.tree.map(lambda a, b: a & ~b, held, beyond), beyond
+    shifted = jax.tree.map(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
+    beyond = jax.tree.map(jnp.greater, shifted, prices.linear)
+    above = jax.tree.map(jnp.greater, shifted, prices.lower)
+    return jax.tree.map(lambda a, b: a & ~b, above, beyond), beyond
 
 
 def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: Rows) -> RowState:
@@ -171,15 +162,17 @@ def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: R
     rho = penalty.rho
 
     def slope(g, mu, active, beyond, lower, linear, quadratic):
-        free = mu + rho * g
+        shifted = mu + rho * g
         finite = jnp.where(beyond, linear, 0)
-        with_slack = finite + quadratic / (rho + quadratic) * (free - finite)
-        return jnp.where(active, free, jnp.where(beyond, with_slack, jnp.where(lower < 0, free, 0)))
+        with_slack = finite + quadratic / (rho + quadratic) * (shifted - finite)
+        return jnp.where(
+            active, shifted, jnp.where(beyond, with_slack, jnp.where(lower < 0, shifted, 0))
+        )
 
     return RowState(jax.tree.map(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
 
 
-def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
+def weights(state: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
     """The weight of GᵀG in the Hessian: ψ'', or with ``exact`` that of the price itself on the
     rows with slack."""
 
@@ -187,28 +180,21 @@ def weights(rows: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
         with_slack = jnp.where(exact, quadratic, rho * quadratic / (rho + quadratic))
         return jnp.where(active, rho, jnp.where(beyond, with_slack, 0))
 
-    return jax.tree.map(weight, rows.active, rows.beyond, prices.quadratic)
+    return jax.tree.map(weight, state.active, state.beyond, prices.quadratic)
 
 
-def gap(rows: RowState, penalty: Penalty) -> Array:
+def gap(state: RowState, penalty: Penalty) -> Array:
     """How far the rows are from feasible and complementary, in the units of g: |ν − μ| / ρ, which
-    is |g| where a row is held."""
-    moved = jax.tree.map(lambda nu, mu: jnp.abs(nu - mu), rows.multiplier, penalty.mu)
-    return largest(moved) / penalty.rho
+    is |g| where a row is active."""
+    moved = jax.tree.map(
+        lambda nu, mu: jnp.abs(nu - mu) / penalty.rho, state.multiplier, penalty.mu
+    )
+    return largest(moved)
 
 
 def size(G: Rows, x: Array, u: Array) -> Array:
-    """The largest of the terms |G_ij z_j|, whose rounding the rows cannot be without."""
-    z = jnp.abs(jnp.concatenate([x[:-1], u], axis=1))
-    stage = None if G.stage is None else jnp.sum(jnp.abs(G.stage) * z[:, None], axis=2)
-    final = None if G.final is None else jnp.sum(jnp.abs(G.final) * jnp.abs(x[-1]), axis=1)
-    return largest(Rows(stage, final))
-
-
-def _norms(G: Rows) -> Rows:
-    """The largest entry of the gradient of every row."""
-    stage = None if G.stage is None else jnp.max(jnp.abs(G.stage), axis=2)
-    return Rows(stage, None if G.final is None else jnp.max(jnp.abs(G.final), axis=1))
+    """The largest Σ_j |G_ij z_j| of a row, whose rounding it cannot be without."""
+    return largest(along_rows(jax.tree.map(jnp.abs, G), jnp.abs(x), jnp.abs(u)))
 
 
 def hopeless(
@@ -226,8 +212,8 @@ def hopeless(
 def slope(expansion: Expansion) -> Array:
     """The most that a control moves a row, within its own stage."""
     n = expansion.c_final.shape[0]
-    G, B = expansion.G, expansion.F[:, :, n:]
-    most = jnp.max(jnp.abs(B), axis=(0, 1, 2)) * largest(_norms(G))
-    if G.stage is not None:
-        most = jnp.maximum(most, jnp.max(jnp.abs(G.stage[:, :, n:]), axis=(0, 1, 2)))
-    return most
+    (stage, final), B = expansion.G, expansion.F[:, :, n:]
+    of_states = Rows(jnp.max(jnp.abs(stage), axis=2), jnp.max(jnp.abs(final), axis=1))
+    through_states = jnp.max(jnp.abs(B), axis=(0, 1, 2)) * largest(of_states)
+    of_controls = jnp.max(jnp.abs(stage[:, :, n:]), axis=(0, 1, 2), initial=0)
+    return jnp.maximum(through_states, of_controls)

@@ -1,8 +1,13 @@
-"""The backward recursion that proposes a step (Algorithm 2, after Tassa, Mansard and
-Todorov 2014)."""
+"""The backward recursion that proposes a step: a box QP a stage, from the last to the first.
+
+Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2, after Tassa, Mansard and Todorov 2014.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import definite_threshold, smallest_pivot
@@ -10,14 +15,41 @@ from jaxmpc.riccati.sequential import Factors, gains, quadratic_form, value_hess
 from jaxmpc.solver.box_qp import box_qp
 
 
+class Box(NamedTuple):
+    """What a stage's QP may do with the controls."""
+
+    low: Array  # [T, m], of their change
+    high: Array
+    clamped: Array  # [T, m], those that stay where Q_uu is not positive definite
+
+
+class Recursion(NamedTuple):
+    """What the backward recursion found."""
+
+    d: Array  # [T, m], the change of the controls is d + K dx
+    free: Array  # [T, m]
+    factors: Factors
+    slope: Array  # the predicted change of the objective is α slope + α² bend
+    bend: Array
+
+
 def backward_pass(
-    H, F, c, C_final, c_final, low, high, held, regularization, certify, *, qp=box_qp
-):
-    """The backward recursion of Algorithm 2 for the change d of the controls, low ≤ d ≤ high.
+    H: Array,
+    F: Array,
+    c: Array,
+    H_final: Array,
+    c_final: Array,
+    box: Box,
+    regularization: Array,
+    certify: Array,
+    *,
+    qp: Callable = box_qp,
+) -> Recursion:
+    """The backward recursion of Algorithm 2 for the change d of the controls, within the box.
 
     A stage's box QP needs a positive definite Q_uu. Where it is not, the controls that are
-    ``held`` (clamped at the current point) stay; where that does not suffice, Q_uu is shifted, and
-    the stage's ``curvature`` in the factors says so.
+    ``clamped`` at the current point stay; where that does not suffice, Q_uu is shifted, and the
+    stage's ``curvature`` in the factors says so.
 
     ``certify`` takes Q_uu as it is: with low = high = 0 on the clamped controls and no other
     bounds, the factors are then those of the exact KKT matrix, definite or not.
@@ -25,12 +57,12 @@ def backward_pass(
     n = c_final.shape[0]
     threshold = definite_threshold(F.dtype)
 
-    def convexify(Quu, low, high, held, size):
-        # Both at once: of all controls, and of those that are not held.
-        sets = jnp.stack([held | ~held, ~held], axis=1)
+    def convexify(Quu, low, high, clamped, size):
+        # Both at once: of all controls, and of those that are not clamped.
+        sets = jnp.stack([clamped | ~clamped, ~clamped], axis=1)
         pivots = smallest_pivot(Quu[:, :, None], sets, size[:, None])
         whole, curvature = pivots[0], pivots[1]
-        stay = held & ~certify & ~(whole > threshold)
+        stay = clamped & ~certify & ~(whole > threshold)
         # Gershgorin's bound on the smallest eigenvalue; for one control the shift gives |Q_uu|.
         diagonal = lanes.diagonal(Quu)
         smallest = jnp.min(2 * diagonal - jnp.sum(jnp.abs(Quu), axis=1), axis=0)
@@ -44,11 +76,13 @@ def backward_pass(
 
     def stage(carry, data):
         V, v = carry
-        H, F, c, low, high, held = data
+        H, F, c, low, high, clamped = data
         Q, size = quadratic_form(H, F, V)
         q = lanes.materialize(lambda c, F, v: c + lanes.matvec_t(F, v), c, F, v)
         Quu = Q[n:, n:]
-        convex, low, high, curvature = lanes.materialize(convexify, Quu, low, high, held, size[n:])
+        convex, low, high, curvature = lanes.materialize(
+            convexify, Quu, low, high, clamped, size[n:]
+        )
         d, Quu_inv, free = lanes.materialize(qp, convex, q[n:], low, high, size[n:])
         K = gains(Quu_inv, Q)
         V = value_hessian(Q, K, n)
@@ -57,8 +91,8 @@ def backward_pass(
         slope, bend = lanes.dot(q[n:], d), lanes.dot(d, Quu_d) * 0.5
         return (V, v), (d, K, Quu_inv, free, V, curvature, slope, bend)
 
-    start = C_final, c_final
-    data = H, F, c, low, high, held
+    start = H_final, c_final
+    data = H, F, c, *box
     _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
-    factors = Factors(K, Quu_inv, jnp.concatenate([V, C_final[None]]), curvature)
-    return d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0)
+    factors = Factors(K, Quu_inv, jnp.concatenate([V, H_final[None]]), curvature)
+    return Recursion(d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0))

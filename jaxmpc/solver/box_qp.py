@@ -5,7 +5,6 @@
 by projected Newton (Tassa, Mansard and Todorov 2014, section IV), in closed form for one control.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -97,7 +96,7 @@ def _projected_newton(Q, q, lower, upper, scale):
         same = jnp.all(clamped(lanes.matvec(Q, trial) + q, trial, lower, upper) == ~free, axis=0)
         ended = (inside & same) | jnp.all((trial == d) | jnp.isnan(trial), axis=0)
         after = trial, inverse, free
-        kept = jax.tree.map(lambda a, b: jnp.where(done, a, b), tuple(before), after)
+        kept = lanes.select(done, tuple(before), after)
         return *kept, done | ended, iteration + 1
 
     start = jnp.clip(jnp.zeros_like(q), lower, upper)

@@ -1,7 +1,5 @@
 """Away from a saddle, along negative curvature."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -19,47 +17,45 @@ from jaxmpc.solver.line_search import Step
 
 def along_negative_curvature(
     data: Data,
-    point: Iterate,
+    at: Iterate,
     here: Assessment,
     expanded: Expansion,
     H: Array,
-    rho: Any,
+    rho: Array,
     factors: Factors,
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
     direction of negative curvature, with the later stages answering by their feedback."""
-    T, _, *batch = point.u.shape
-    n = point.x.shape[1]
-    bad = ~(factors.curvature > definite_threshold(point.u.dtype))
+    T, _, *batch = at.u.shape
+    n = at.x.shape[1]
+    bad = ~(factors.curvature > definite_threshold(at.u.dtype))
     last = T - 1 - jnp.argmax(bad[::-1], axis=0)
     stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
-    if here.rows is not None:
-        G = expanded.G
-        weights = augmented.weights(here.rows, rho, data.prices, jnp.bool_(False))
-        H, _ = add_squares(H, expanded.C_final, G, weights)
+    weights = augmented.weights(here.state, rho, data.prices, jnp.bool_(False))
+    H, _ = add_squares(H, expanded.C_final, expanded.G, weights)
     at_last, later = stage == last, stage > last  # [T]
 
     def pick(a):
         """a[last], of each problem."""
-        here = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
-        return jnp.sum(jnp.where(here, a, 0), axis=0)
+        there = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
+        return jnp.sum(jnp.where(there, a, 0), axis=0)
 
     B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
     Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
-    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.held, axis=0))
+    direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.clamped, axis=0))
     lower, upper = pick(data.u_lower), pick(data.u_upper)
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
-    curvature = jnp.maximum(curvature, jnp.finfo(point.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(point, data.prices)), axis=0) / curvature)
-    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(point.u))))
+    curvature = jnp.maximum(curvature, jnp.finfo(at.u.dtype).tiny)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(at, data.prices)), axis=0) / curvature)
+    natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(at.u))))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.
     length = jnp.min(jnp.where(direction == 0, jnp.inf, width / jnp.abs(direction)), axis=0)
     move = jnp.where(direction == 0, 0, length * direction)
-    target = point.u + jnp.where(at_last[:, None], move, 0)
+    target = at.u + jnp.where(at_last[:, None], move, 0)
     K = jnp.where(later[:, None, None], factors.K, 0)
-    zero = jnp.zeros(batch, point.u.dtype)
+    zero = jnp.zeros(batch, at.u.dtype)
     return Step(target, jnp.zeros_like(target), K, zero, zero)
 
 

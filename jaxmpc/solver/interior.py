@@ -24,7 +24,8 @@ from jax import Array
 
 from jaxmpc.batch import lanes
 from jaxmpc.problem.prices import Prices
-from jaxmpc.riccati.rows import Rows, along_rows
+from jaxmpc.riccati.point import Rows
+from jaxmpc.riccati.rows import along_rows
 from jaxmpc.solver.augmented import Penalty
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
@@ -76,7 +77,7 @@ class Newton(NamedTuple):
 
 
 def sides(g: Rows, penalty: Penalty, prices: Prices, low: Array, high: Array) -> tuple[Sides, ...]:
-    """Those of a problem, every kind that there is, the bounds low ≤ du ≤ high last."""
+    """Those of a problem, the rows of the stages, of the end, and the bounds low ≤ du ≤ high."""
 
     def of_rows(g, mu, lower, linear, quadratic):
         soft, equality = jnp.isfinite(linear), lower < 0
@@ -103,8 +104,8 @@ def along(G: Rows, dx: Array, du: Array) -> tuple[Array, ...]:
 def start(sides: tuple[Sides, ...], x: Array, u: Array, scale: Array, rho: Array) -> Interior:
     """At dz = 0, of the shapes of x and u, with multipliers of the order of ``scale``; on the
     central path, but for bounds and slack."""
-    finfo = jnp.finfo(x.dtype)
-    tau = jnp.maximum(0.1 * scale**2 / rho, float(finfo.tiny) ** 0.5)
+    tiny = float(jnp.finfo(x.dtype).tiny) ** 0.5
+    tau = jnp.maximum(0.1 * scale**2 / rho, tiny)
 
     def variables(one: Sides):
         g, give = one.g, one.give
@@ -113,11 +114,11 @@ def start(sides: tuple[Sides, ...], x: Array, u: Array, scale: Array, rho: Array
         root = (jnp.sqrt(b**2 + 4 * give * tau) + jnp.abs(b)) / 2
         central = jnp.where(b > 0, give * tau / jnp.where(root > 0, root, 1), root)
         w = jnp.where(give > 0, central, jnp.maximum(-g, jnp.sqrt(tau)))
-        w = jnp.maximum(w, float(finfo.tiny) ** 0.5)
+        w = jnp.maximum(w, tiny)
         sigma = jnp.broadcast_to(jnp.sqrt(tau), g.shape)
         return Variables(w, tau / w, sigma, tau / sigma)
 
-    last = tau * float(finfo.eps) ** _DIGITS
+    last = tau * lanes.eps(x) ** _DIGITS
     each = tuple(variables(one) for one in sides)
     return Interior(jnp.zeros_like(x), jnp.zeros_like(u), each, tau, last, jnp.ones_like(tau))
 
@@ -171,7 +172,7 @@ def advance(
 
     def share(v, dv):
         limit = jnp.where(dv < 0, -_BOUNDARY * v / dv, 1)
-        return jnp.min(limit, axis=tuple(range(v.ndim - at.tau.ndim)))
+        return jnp.min(limit, axis=tuple(range(v.ndim - at.tau.ndim)), initial=1)
 
     shares = jax.tree.leaves(jax.tree.map(share, at.variables, changes))
     alpha = functools.reduce(jnp.minimum, shares, jnp.ones_like(at.tau))
@@ -186,11 +187,11 @@ def advance(
         for one in sides
         for kind in (one.inequality, one.soft)
     )
-    mean = gap(sides, to) / jnp.maximum(pairs, 1)
+    mean = complementarity(sides, to) / jnp.maximum(pairs, 1)
     return to._replace(tau=mean * jnp.minimum(1, 1 + _REDUCTION - alpha))
 
 
-def gap(sides: tuple[Sides, ...], at: Interior) -> Array:
+def complementarity(sides: tuple[Sides, ...], at: Interior) -> Array:
     """Σ w ν + σ ζ: what the point costs more than the minimum, if it meets the linear equations."""
 
     def products(one, v):
@@ -202,7 +203,7 @@ def gap(sides: tuple[Sides, ...], at: Interior) -> Array:
 
 def ended(sides: tuple[Sides, ...], at: Interior, decrease: Array) -> Array:
     """Whether the point is as near to the minimum as is worth while, or as rounding allows."""
-    near = (gap(sides, at) <= _ACCURATE * decrease) & (at.missed <= _MET)
+    near = (complementarity(sides, at) <= _ACCURATE * decrease) & (at.missed <= _MET)
     return ~(at.tau > at.last) | near
 
 

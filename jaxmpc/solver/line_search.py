@@ -6,14 +6,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.batch.select import select
-from jaxmpc.problem.expansions import transition
-from jaxmpc.problem.problem import Data, Model
-from jaxmpc.solver.iterate import Iterate, _iterate, merits
+from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.problem.stages import transition
+from jaxmpc.solver.iterate import Iterate, evaluated, merits
 
 _MAX_TRIES = 6  # step lengths tried in one search
-
-
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
 
 
@@ -28,8 +25,8 @@ class Step(NamedTuple):
     bend: Array
 
 
-class Search(NamedTuple):
-    """How a line search ended."""
+class Length(NamedTuple):
+    """How the search for the length of a step ended."""
 
     accepted: Array
     alpha: Array  # the last step length that was tried
@@ -37,9 +34,9 @@ class Search(NamedTuple):
     hopeless: Array  # if it failed: a shorter step would not succeed either
 
 
-def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) -> Iterate:
+def apply(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
     """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
-    transit, at = transition(model, data.theta, point.u)
+    transit, stages = transition(problem, data.theta, at.u)
 
     def advance(x_new, stage):
         u, target, reach, K, x, lower, upper, now = stage
@@ -49,23 +46,23 @@ def apply(model: Model, data: Data, point: Iterate, step: Step, alpha: Array) ->
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
         return transit(x_new, u_new, now), (x_new, u_new)
 
-    u, x = point.u, point.x
-    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, at)
+    u, x = at.u, at.x
+    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, stages)
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
-    return _iterate(model, data, u_new, x_new, point.penalty)
+    return evaluated(problem, data, u_new, x_new, at.penalty)
 
 
 def line_search(
-    model: Model,
+    problem: Problem,
     data: Data,
-    point: Iterate,
+    at: Iterate,
     step: Step,
     escape: Array,
     wanted: Array,
     noise: Array,
     decay: Array,
-) -> tuple[Iterate, Search]:
+) -> tuple[Iterate, Length]:
     """Shorten the step until the objective falls; along negative curvature try both directions.
 
     Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature;
@@ -73,32 +70,31 @@ def line_search(
     """
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
-    merit = merits(point, data.prices)
+    merit = merits(at, data.prices)
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
-    eps = jnp.finfo(noise.dtype).eps
-    hopeless = escape | (jnp.abs(decrease) <= eps * jnp.sum(jnp.abs(merit), axis=0))
+    hopeless = escape | (jnp.abs(decrease) <= lanes.eps(noise) * jnp.sum(jnp.abs(merit), axis=0))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def unfinished(carry):
-        _, search, tries = carry
-        return wanted & ~search.accepted & (tries < max_tries)
+        _, length, tries = carry
+        return wanted & ~length.accepted & (tries < max_tries)
 
     def attempt(carry):
-        before, search, tries = carry
+        before, length, tries = carry
         pair = (tries // 2).astype(noise.dtype)
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
-        new = apply(model, data, point, step, alpha)
+        new = apply(problem, data, at, step, alpha)
         change = jnp.sum(merits(new, data.prices) - merit, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)
         noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
-        after = new, Search(falls | noisy, alpha, noisy, hopeless)
-        return *select(unfinished(carry), after, (before, search)), tries + 1
+        after = new, Length(falls | noisy, alpha, noisy, hopeless)
+        return *lanes.select(unfinished(carry), after, (before, length)), tries + 1
 
     no = jnp.zeros_like(wanted)
-    start = (point, Search(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
-    new, search, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
-    return new, search
+    start = (at, Length(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
+    new, length, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
+    return new, length

@@ -1,7 +1,7 @@
 """Control-limited differential dynamic programming: the forward solver (Algorithm 2).
 
-Every trip of the loop first evaluates the current point, and stops there or moves on. So what a
-solution reports was computed at the very point that it returns.
+A trip of the loop evaluates the iterate and judges it; then it stops there, or proposes a step and
+searches for its length. So what a solution reports was computed at the very point that it returns.
 """
 
 import dataclasses
@@ -14,56 +14,57 @@ from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
-from jaxmpc.batch.select import select
 from jaxmpc.batch.turns import in_turns
 from jaxmpc.problem.expansions import Expansion, expand, hessians
 from jaxmpc.problem.prices import largest_violation
-from jaxmpc.problem.problem import Data, Model
-from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.solver import augmented
 from jaxmpc.solver.assessment import Assessment, all_finite, assess, tolerances
 from jaxmpc.solver.escape import along_negative_curvature
-from jaxmpc.solver.iterate import Iterate, iterate, rounding
+from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
+from jaxmpc.solver.judgement import CROSSED, RUNNING, Judgement, conclude, judge, status
 from jaxmpc.solver.line_search import line_search
 from jaxmpc.solver.linearization import Evaluation, Linearization, evaluation, no_evaluation
 from jaxmpc.solver.propose import propose
 from jaxmpc.types import Options, Solution, Status
 
+# Relative to the curvature: where it begins once a step has failed, and what counts as none at all.
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
-# The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves.
+_FACTOR = 10.0  # by which it grows and falls
+_SHORT = 0.2  # a step that had to be shortened so much means a model that needs regularization
+# The augmented Lagrangian counts as minimised at this share of the gradient that its update leaves,
+# from this relative residual on.
 _MINIMISED, _NEAR = 0.1, 1e-2
-_RUNNING = -1  # the status of a problem that goes on
-_CROSSED = -2  # of one whose bounds exclude each other, from the start
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """The carry of the loop."""
 
-    point: Iterate
-    evaluation: Evaluation  # of the point that the last trip began with
-    previous: Iterate
-    previous_residual: Array
+    at: Iterate
+    evaluation: Evaluation  # of the iterate that the last trip began with
+    before: Iterate  # from which a step led here
+    residual_before: Array
     regularization: Array
-    noisy: Array  # the step to `point` changed the objective by rounding only
-    finish: Array  # nothing is left to try: evaluate the point and stop
+    noisy: Array  # that step changed the objective by rounding only
+    finish: Array  # nothing is left to try: evaluate the iterate and stop
     iterations: Array
     status: Array
 
 
 @lanes.any_rank
-def forward(model: Model, data: Data, options: Options) -> tuple[Solution, Linearization]:
+def forward(problem: Problem, data: Data, options: Options) -> tuple[Solution, Linearization]:
     """Solve one problem, or a batch; the linearization is that at the returned point."""
     wanted = jnp.ones(data.x_init.shape[1:], bool)
     end = lax.while_loop(
-        lambda s: jnp.any(s.status == _RUNNING),
-        lambda s: _trip(model, data, options, s),
-        _start(model, data, options, wanted),
+        lambda s: jnp.any(s.status == RUNNING),
+        lambda s: _trip(problem, data, options, s),
+        _start(problem, data, options, wanted),
     )
     return _report(end)
 
 
-def solver(model: Model):
-    """``forward`` of ``model``; under ``vmap`` the whole batch at once, on lanes."""
+def solver(problem: Problem):
+    """``forward`` of ``problem``; under ``vmap`` the whole batch at once, on lanes."""
 
     @lanes.any_rank
     def many(size, batched, *problems):
@@ -85,227 +86,199 @@ def solver(model: Model):
             if options.trust_region is not None and not batched[1].trust_region:
                 reach = lanes.spread(options.trust_region, width)
                 options = dataclasses.replace(options, trust_region=reach)
-            return Data(data.theta, *arrays), options
+            flags = tuple(jax.tree.leaves(batched[0].theta))
+            theta = dataclasses.replace(data.theta, lanes=(width,), batched=flags)
+            return Data(theta, *arrays), options
 
-        lifted = model._replace(batch=(width,), batched=batched[0].theta)
         if width == size:
-            out = forward(lifted, *take(None))
+            out = forward(problem, *take(None))
             return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
         return in_turns(
             size,
             width,
             take,
-            start=lambda problems, wanted: _start(lifted, *problems, wanted),
-            step=lambda problems, s: _trip(lifted, *problems, s),
-            running=lambda s: s.status == _RUNNING,
+            start=lambda problems, wanted: _start(problem, *problems, wanted),
+            step=lambda problems, s: _trip(problem, *problems, s),
+            running=lambda s: s.status == RUNNING,
             report=_report,
         )
 
-    return batchwise(functools.partial(forward, model), many)
+    return batchwise(functools.partial(forward, problem), many)
 
 
-def _start(model: Model, data: Data, options: Options, wanted: Array) -> _Search:
+def _start(problem: Problem, data: Data, options: Options, wanted: Array) -> Search:
     lower, upper = data.u_lower, data.u_upper
-    start = iterate(model, data, jnp.clip(data.u_init, lower, upper))
-
+    first = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
     nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
     feasible = lanes.every(lower <= upper, 2)
-    return _Search(
-        point=start,
-        evaluation=no_evaluation(start),
-        previous=start,
-        previous_residual=nan,
+    return Search(
+        at=first,
+        evaluation=no_evaluation(first),
+        before=first,
+        residual_before=nan,
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
         noisy=~wanted,
         finish=~wanted,
         iterations=jnp.zeros(wanted.shape, jnp.int32),
-        status=jnp.where(wanted & feasible, _RUNNING, _CROSSED).astype(jnp.int32),
+        status=jnp.where(wanted & feasible, RUNNING, CROSSED).astype(jnp.int32),
     )
 
 
-def _trip(model: Model, data: Data, options: Options, s: _Search) -> _Search:
-    """Evaluate the point of every running problem; stop there, or move on."""
+def _trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
+    """Evaluate the iterate of every running problem; stop there, or move on."""
     dtype = data.x_init.dtype
     tolerance, goal = tolerances(options, dtype)
-    expanded = expand(model, data.theta, s.point.x, s.point.u)
-    point = s.point
-    if model.constrained:
-        penalty, limits = augmented.begin(point.penalty, expanded)
-        point = point._replace(penalty=penalty)
-    here = assess(data, point, expanded)
-    running = s.status == _RUNNING
-    small = here.finite & (here.relative <= tolerance)
-    out_of_time = s.iterations >= options.max_iterations
-    moved = s.iterations > 0
-    there = small & (here.relative <= goal)
-    # A step that changed the objective by rounding only has to halve the residual, or there is
-    # nothing more to gain on this way; it has to lower it at all to be kept.
-    settled = s.noisy & ~(here.residual < 0.5 * s.previous_residual)
-    if model.constrained:
-        # Nor is an update worth another that does not halve a gap that is small already.
-        lingers = (here.gap > goal * here.size) & ~(here.gap < 0.5 * point.penalty.gap)
-        settled |= moved & small & lingers
-    worse = s.noisy & ~there & ~(here.residual < s.previous_residual)
-    back = moved & ~s.finish & (~here.finite | worse)
+    running = s.status == RUNNING
 
-    # At a point that may be the last, the exact KKT matrix of the active set; else a step.
-    certify = ~running | there | (small & settled) | s.finish | out_of_time
-    infeasible = jnp.zeros_like(running)
-    if model.constrained:
-        point, here, infeasible = _update_multipliers(
-            data, point, here, expanded, ~certify & ~back, tolerance, goal, settled, limits
+    # Evaluate.
+    expanded = expand(problem, data.theta, s.at.x, s.at.u)
+    penalty, limits = augmented.begin(s.at.penalty, expanded)
+    at = s.at._replace(penalty=penalty)
+    here = assess(data, at, expanded)
+
+    # Judge.
+    judged = judge(
+        here, at, s.residual_before, running=running, moved=s.iterations > 0, noisy=s.noisy,
+        finish=s.finish, out_of_time=s.iterations >= options.max_iterations, tolerance=tolerance,
+        goal=goal,
+    )  # fmt: skip
+    if problem.constrained:
+        at, here, judged = _update_multipliers(
+            data, at, here, expanded, judged, tolerance, goal, limits
         )
-        certify |= infeasible
-    multipliers = None if here.rows is None else here.rows.multiplier
-    costate = here.first.costate
-    H, H_final = hessians(model, data.theta, point.x, point.u, expanded, costate, multipliers)
+    costate, multipliers = here.first.costate, here.state.multiplier
+    H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, multipliers)
     finite = here.finite & all_finite((H, H_final), running.ndim)
-    back |= moved & ~s.finish & ~finite
-    near = _within_reach(data, point, options)
-    # The factors of the last trip are those of the derivative's linear system, which converges the
-    # faster the larger ρ is.
-    rho = jnp.where(certify, limits[0], point.penalty.rho) if model.constrained else None
+    back = judged.back | (judged.moved & ~s.finish & ~finite)
+    judged = judged._replace(finite=finite, back=back)
+
+    # Propose. The factors of the last trip are those of the derivative's linear system, which
+    # converges the faster the larger ρ is.
+    near = _within_reach(data, at, options)
+    rho = jnp.where(judged.certify, limits[0], at.penalty.rho)
     step, factors, ahead = propose(
-        near, point, here, expanded, H, H_final, rho, options, s.regularization, certify
+        near, at, here, expanded, H, H_final, rho, options, s.regularization, judged.certify
     )
-    definite = lanes.every(factors.curvature > definite_threshold(dtype))
-    escape = certify & small
-    if model.constrained:
+    saddle = jnp.zeros_like(running)
+    if problem.constrained:
         # Between updates nothing is certified. And a saddle of the augmented Lagrangian, a plan
         # into the middle of an obstacle, is left at once: its multipliers mean nothing.
         fresh = s.regularization < _FIRST_REGULARIZATION
-        escape |= ~certify & (here.stationary <= jnp.where(fresh, _NEAR, tolerance))
-    escape &= running & finite & ~definite
+        saddle = ~judged.certify & (here.stationary <= jnp.where(fresh, _NEAR, tolerance))
+    verdict = conclude(judged, factors, running, saddle)
+    away = functools.partial(along_negative_curvature, near, at, here, expanded, H, rho, factors)
     step = lax.cond(
-        jnp.any(escape),
-        lambda: select(
-            escape,
-            along_negative_curvature(near, point, here, expanded, H, rho, factors),
-            step,
-        ),
+        jnp.any(verdict.escape),
+        lambda: lanes.select(verdict.escape, away(), step),
         lambda: step,
     )
 
-    converged = finite & certify & small & definite
-    stuck = certify & ~small
-    stop = ~finite | back | converged | stuck | out_of_time
-    new, search = line_search(
-        model,
-        near,
-        point,
-        step,
-        escape,
-        running & ~stop,
-        rounding(point, costate, data.prices),
-        jnp.asarray(options.line_search_decay, dtype),
-    )
-    moves = ~stop & search.accepted
-    if ahead is not None:
-        followed = augmented.follow(ahead, new.g, new.penalty)
-        new = new._replace(penalty=select(search.noisy, followed, new.penalty))
-    failed = ~stop & ~search.accepted
-    raised = jnp.maximum(s.regularization * 10, _FIRST_REGULARIZATION)
-    lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization * 0.1, 0)
-    limit = raised > _MAX_REGULARIZATION
-    exhausted = (failed & (search.hopeless | limit)) | (back & limit)
-    ends = {
-        Status.NONFINITE: ~finite & ~moved,
-        Status.CONVERGED: converged & ~back,
-        Status.INFEASIBLE: infeasible & ~back,
-        Status.INDEFINITE: small & escape & ~back & (exhausted | out_of_time),
-        Status.MAX_ITERATIONS: out_of_time & ~back,
-        Status.STALLED: stuck & ~back,
-    }
-    status = jnp.select(list(ends.values()), list(ends), _RUNNING)
-    after = _Search(
-        point=select(back, s.previous, select(moves, new, point)),
-        evaluation=evaluation(data, point, here, expanded, H, H_final, rho, factors, options),
-        previous=select(moves, point, s.previous),
-        previous_residual=jnp.where(moves, here.residual, s.previous_residual),
-        regularization=jnp.where(
-            failed | (moves & (search.alpha < 0.2)) | (back & ~finite) | (settled & ~small),
-            raised,
-            jnp.where(moves & ~search.noisy & (search.alpha == 1), lowered, s.regularization),
-        ),
-        noisy=moves & search.noisy,
-        finish=(back & small) | (exhausted & ~escape),
-        iterations=s.iterations + jnp.where(stop, 0, 1),
-        status=status.astype(jnp.int32),
+    # Search.
+    noise = rounding(at, costate, data.prices)
+    decay = jnp.asarray(options.line_search_decay, dtype)
+    wanted = running & ~verdict.stop
+    new, length = line_search(problem, near, at, step, verdict.escape, wanted, noise, decay)
+    followed = augmented.follow(ahead, new.g, new.penalty)
+    new = new._replace(penalty=lanes.select(length.noisy, followed, new.penalty))
+
+    # Record.
+    moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
+    raised = jnp.maximum(s.regularization * _FACTOR, _FIRST_REGULARIZATION)
+    lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization / _FACTOR, 0)
+    too_much = raised > _MAX_REGULARIZATION
+    exhausted = (failed & (length.hopeless | too_much)) | (judged.back & too_much)
+    raise_it = failed | (moves & (length.alpha < _SHORT))
+    raise_it |= (judged.back & ~judged.finite) | (judged.settled & ~judged.small)
+    lower_it = moves & ~length.noisy & (length.alpha == 1)
+    after = Search(
+        at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
+        evaluation=evaluation(data, at, here, expanded, H, H_final, rho, factors, options),
+        before=lanes.select(moves, at, s.before),
+        residual_before=jnp.where(moves, here.residual, s.residual_before),
+        regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
+        noisy=moves & length.noisy,
+        finish=(judged.back & judged.small) | (exhausted & ~verdict.escape),
+        iterations=s.iterations + jnp.where(verdict.stop, 0, 1),
+        status=status(judged, verdict, exhausted),
     )
     # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
     # point that stays: their evaluation comes out the same again, and the largest arrays need no
     # selection.
-    return select(running, after, s._replace(evaluation=after.evaluation))
+    return lanes.select(running, after, s._replace(evaluation=after.evaluation))
 
 
-def _within_reach(data: Data, point: Iterate, options: Options) -> Data:
+def _within_reach(data: Data, at: Iterate, options: Options) -> Data:
     """The bounds of the next step."""
     reach = options.trust_region
     if reach is None:
         return data
     return data._replace(
-        u_lower=jnp.maximum(data.u_lower, point.u - reach),
-        u_upper=jnp.minimum(data.u_upper, point.u + reach),
+        u_lower=jnp.maximum(data.u_lower, at.u - reach),
+        u_upper=jnp.minimum(data.u_upper, at.u + reach),
     )
 
 
 def _update_multipliers(
     data: Data,
-    point: Iterate,
+    at: Iterate,
     here: Assessment,
     expanded: Expansion,
-    may: Array,
+    judged: Judgement,
     tolerance: Array,
     goal: Array,
-    settled: Array,
     limits: tuple[Array, Array],
-) -> tuple[Iterate, Assessment, Array]:
+) -> tuple[Iterate, Assessment, Judgement]:
     """μ ← ν where the augmented Lagrangian is as good as minimised; and whether the violation of
     the constraints is stationary, so that no further update will help.
 
     As good as: the gradient is small beside what the update makes of it. One Newton step an update
     is then enough, and the rest of the minimisation comes with the next.
     """
-    drowned = augmented.drowned(here.residual, point.penalty, expanded, here.size)
-    penalty = augmented.update(here.rows, point.penalty, here.gap, here.size, tolerance, limits)
-    updated = point._replace(penalty=penalty)
+    may = ~judged.certify & ~judged.back
+    drowned = augmented.drowned(here.residual, at.penalty, expanded, here.size)
+    penalty = augmented.update(here.state, at.penalty, here.gap, here.size, tolerance, limits)
+    updated = at._replace(penalty=penalty)
     after = assess(data, updated, expanded)
     # Before ρ is raised, the gap must be that of the multipliers, not of the minimisation.
-    raised = penalty.rho > point.penalty.rho
+    raised = penalty.rho > at.penalty.rho
     share = jnp.where(raised, _MINIMISED**2, _MINIMISED)
     change = after.gradient - here.gradient
-    upset = here.gradient + change * (point.penalty.rho / penalty.rho)
-    upset = jnp.max(jnp.where(after.held, 0, jnp.abs(upset)), axis=(0, 1))
-    minimised = (here.stationary <= tolerance) | settled | drowned
+    upset = here.gradient + change * (at.penalty.rho / penalty.rho)
+    upset = jnp.max(jnp.where(after.clamped, 0, jnp.abs(upset)), axis=(0, 1))
+    minimised = (here.stationary <= tolerance) | judged.settled | drowned
     minimised |= (here.stationary <= _NEAR) & (here.residual <= share * upset)
-    violation = largest_violation(point.g, data.prices)
-    infeasible = may & minimised & (violation > tolerance * here.size)
-    infeasible &= augmented.hopeless(penalty, expanded, change, here.gap, data, point.u)
+    violated = largest_violation(at.g, data.prices) > tolerance * here.size
+    infeasible = may & minimised & violated
+    infeasible &= augmented.hopeless(penalty, expanded, change, here.gap, data, at.u)
     # A smaller gap is rounding, which an update would only multiply by ρ.
     worthwhile = here.gap > goal * here.size
     updates = may & minimised & worthwhile & ~infeasible
-    return *select(updates, (updated, after), (point, here)), infeasible
+    at, here = lanes.select(updates, (updated, after), (at, here))
+    certify = judged.certify | infeasible
+    return at, here, judged._replace(infeasible=infeasible, certify=certify)
 
 
-def _report(end: _Search) -> tuple[Solution, Linearization]:
-    u, x, costs, g, _ = end.point
-    crossed = end.status == _CROSSED
-    costate, free, kkt_residual, linearization, price, violation = jax.tree.map(
+def _report(end: Search) -> tuple[Solution, Linearization]:
+    crossed = end.status == CROSSED
+    unknown = crossed & bool(end.at.g.num)
+    price, violation = (
+        jnp.where(unknown, jnp.nan, a) for a in (end.evaluation.price, end.evaluation.violation)
+    )
+    costate, free, kkt_residual, linearization, *_ = jax.tree.map(
         lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
         end.evaluation,
     )
-    objective = jnp.sum(costs, axis=0)
     solution = Solution(
-        x=x,
-        u=u,
+        x=end.at.x,
+        u=end.at.u,
         costate=costate,
         K=linearization.factors.K,
         free=free,
-        objective=objective if price is None else objective + price,
+        objective=jnp.sum(end.at.costs, axis=0) + price,
         kkt_residual=kkt_residual,
         iterations=end.iterations,
         status=jnp.where(crossed, Status.INFEASIBLE, end.status).astype(jnp.int32),
-        multipliers=None if g is None else linearization.rows.multiplier,
-        violation=jnp.zeros_like(objective) if violation is None else violation,
+        multipliers=linearization.state.multiplier,
+        violation=violation,
     )
     return solution, linearization
