@@ -12,7 +12,7 @@ help:
 	@echo "make demo    the demonstration, with only what it needs"
 	@echo "make peers   the environment .venv-peers with what the benchmarks compare against"
 	@echo "make test    the tests"
-	@echo "make slow    the tests that take longer"
+	@echo "make slow    the tests that repeat others at length, with all optimizations"
 	@echo "make gradients  the gradients beside those of the reference implementation"
 	@echo "make lint    style, formatting and types"
 	@echo "make clean   remove the environment and whatever was built"
@@ -46,12 +46,15 @@ gradients: .venv/.test
 demo: .venv/.demo
 	$(BIN)/python -m jaxmpc.demo
 
-# A process per core; the tests of a file stay together, for they share compiled programs.
-test: .venv/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+# A process per core; what shares compiled programs stays together (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup --durations=15
 
+test: .venv/.test
+	$(PYTEST)
+
+# Compiled as users do.
 slow: .venv/.test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --optimized
 
 lint: .venv/.test
 	$(BIN)/ruff check
@@ -59,5 +62,5 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,10 @@ from jaxmpc.certificate import Certificate, certify
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.types import Constraints, Options, Status
 
+_ROUNDINGS = 1e3  # of the loss, that a re-solved problem may be off by
+_JUMP = 0.01  # of the plan's size: a step of a millionth does not move a smooth plan so far
+_KINK = 0.1  # one-sided differences that disagree by this share are no rounding
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
@@ -174,7 +178,7 @@ def check_gradients(
         difference = (above - below) / (2 * step)
         scale = max(abs(gradient), abs(difference))
         # What rounding and the solver's tolerance leave of a difference.
-        noise = 1e3 * eps * max(1.0, abs(value)) / step
+        noise = _ROUNDINGS * eps * max(1.0, abs(value)) / step
         ok = abs(gradient - difference) <= rtol * scale + noise
         reason = "" if ok else _reason(solution, before, after, sides, difference, scale)
         name = jax.tree_util.keystr(path[1:])
@@ -191,7 +195,7 @@ def _reason(solution, before, after, sides, difference, scale) -> str:
         return f"not converged {where} ({failed[0].name})"
     reach = max(float(jnp.max(jnp.abs(s.u - solution.u))) for s in (before, after))
     size = float(jnp.max(jnp.abs(solution.u))) + 1.0
-    if reach > 0.01 * size:
+    if reach > _JUMP * size:
         return "the plan jumps: another local minimum, or discontinuous cost or dynamics"
     changed = np.argwhere(
         np.asarray((before.free != solution.free) | (after.free != solution.free))
@@ -199,6 +203,6 @@ def _reason(solution, before, after, sides, difference, scale) -> str:
     if len(changed):
         t, i = changed[0]
         return f"degenerate: u[{t}, {i}] comes free or is clamped within the step"
-    if abs(sides[0] - sides[1]) > 0.1 * max(scale, abs(difference)):
+    if abs(sides[0] - sides[1]) > _KINK * max(scale, abs(difference)):
         return "a kink in cost or dynamics at the plan"
     return "no kink, no jump: is a derivative of cost or dynamics defined by hand?"

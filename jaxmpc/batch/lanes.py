@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.xla_metadata import set_xla_metadata
 
-_CACHE = 40 * 1024  # bytes
+_CACHE = 40 * 1024  # bytes: of the first caches of today's CPUs, 32 to 48 KiB
 # Sums of up to this many terms are written out; for larger matrices a matrix product pays.
-_MAX_TERMS = 16
+MAX_TERMS = 16
 
 
 def any_rank(fn):
@@ -53,28 +53,28 @@ def materialize(fn, *args):
 
 def matmul(A: Array, B: Array) -> Array:
     """A B, for A [i, k, ...] and B [k, j, ...]."""
-    if B.shape[0] > _MAX_TERMS:
+    if B.shape[0] > MAX_TERMS:
         return jnp.einsum("ik...,kj...->ij...", A, B)
     return sum_of(A[:, k, None] * B[k] for k in range(B.shape[0]))
 
 
 def matmul_t(A: Array, B: Array) -> Array:
     """Aᵀ B, for A [k, i, ...] and B [k, j, ...]."""
-    if B.shape[0] > _MAX_TERMS:
+    if B.shape[0] > MAX_TERMS:
         return jnp.einsum("ki...,kj...->ij...", A, B)
     return sum_of(A[k, :, None] * B[k] for k in range(B.shape[0]))
 
 
 def matvec(A: Array, x: Array) -> Array:
     """A x, for A [i, k, ...] and x [k, ...]."""
-    if x.shape[0] > _MAX_TERMS:
+    if x.shape[0] > MAX_TERMS:
         return jnp.einsum("ik...,k...->i...", A, x)
     return sum_of(A[:, k] * x[k] for k in range(x.shape[0]))
 
 
 def matvec_t(A: Array, x: Array) -> Array:
     """Aᵀ x, for A [k, i, ...] and x [k, ...]."""
-    if x.shape[0] > _MAX_TERMS:
+    if x.shape[0] > MAX_TERMS:
         return jnp.einsum("ki...,k...->i...", A, x)
     return sum_of(A[k] * x[k] for k in range(x.shape[0]))
 
@@ -109,7 +109,7 @@ def is_wide(dtype) -> bool:
 def every(a: Array, axes: int = 1) -> Array:
     """Whether all are true along the first ``axes`` axes."""
     for axis in range(axes - 1, 0, -1):
-        if 0 < a.shape[axis] <= _MAX_TERMS:
+        if 0 < a.shape[axis] <= MAX_TERMS:
             # Written out, for a reduction goes through one lane after the other.
             each = (jax.lax.index_in_dim(a, i, axis, False) for i in range(a.shape[axis]))
             a = functools.reduce(jnp.logical_and, each)

@@ -25,7 +25,6 @@ _ELEMENTWISE = frozenset(
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or".split())
 _SUMS = dict(reduce_sum=jnp.add, reduce_max=jnp.maximum, reduce_min=jnp.minimum)
-_MAX_TERMS = 16  # a sum of so many terms is written out
 # Worth storing: fused into each of their users, they would be computed anew for each derivative.
 _EXPENSIVE = frozenset(
     """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1
@@ -105,7 +104,7 @@ def _apply(eqn, given, batch):
             operands.append(jnp.broadcast_to(a, shape + batch))
         bind = functools.partial(eqn.primitive.bind, **params)
         out = lanes.materialize(bind, *operands) if name in _EXPENSIVE else bind(*operands)
-    elif name in _SUMS and 0 < math.prod(a.shape[i] for i in params["axes"]) <= _MAX_TERMS:
+    elif name in _SUMS and 0 < math.prod(a.shape[i] for i in params["axes"]) <= lanes.MAX_TERMS:
         # Written out: a reduction would go through one lane after the other.
         axes = params["axes"]
         others = [i for i in range(a.ndim) if i not in axes]
@@ -148,8 +147,8 @@ def _few_terms(eqn) -> bool:
     return (
         len({v.aval.dtype for v in (*eqn.invars, *eqn.outvars)}) == 1
         and jnp.issubdtype(left.dtype, jnp.floating)
-        and 0 < math.prod(left.shape[i] for i in contracted) <= _MAX_TERMS
-        and math.prod(eqn.outvars[0].aval.shape) <= _MAX_TERMS**2
+        and 0 < math.prod(left.shape[i] for i in contracted) <= lanes.MAX_TERMS
+        and math.prod(eqn.outvars[0].aval.shape) <= lanes.MAX_TERMS**2
     )
 
 

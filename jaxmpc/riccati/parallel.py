@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from jaxmpc.batch import lanes
+from jaxmpc.riccati import sequential
 from jaxmpc.riccati.pivots import masked_inverse
 from jaxmpc.riccati.point import Point, Rhs
 from jaxmpc.riccati.sequential import Factors, no_multipliers, quadratic_form, riccati_stage

@@ -7,7 +7,8 @@ from jax import lax
 
 from jaxmpc.batch import lanes
 
-# Up to this many controls the elimination of one stage is unrolled at trace time.
+# Up to this many controls the elimination of one stage is unrolled at trace time: faster to run,
+# but what is unrolled has to be compiled.
 _MAX_UNROLLED = 8
 
 

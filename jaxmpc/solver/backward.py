@@ -14,6 +14,9 @@ from jaxmpc.riccati.pivots import definite_threshold, smallest_pivot
 from jaxmpc.riccati.sequential import Factors, gains, quadratic_form, value_hessian
 from jaxmpc.solver.box_qp import box_qp
 
+# What a Q_uu that is not definite gets at least, so that it is beyond the rounding of float32.
+_LEAST = 1e-6
+
 
 class Box(NamedTuple):
     """What a stage's QP may do with the controls."""
@@ -67,10 +70,11 @@ def backward_pass(
         diagonal = lanes.diagonal(Quu)
         smallest = jnp.min(2 * diagonal - jnp.sum(jnp.abs(Quu), axis=1), axis=0)
         fine = certify | (curvature > threshold)
+        # Twice it, so that a direction of negative curvature gets the same positive one.
         shift = jnp.where(fine, 0, 2 * jnp.maximum(-smallest, 0))
-        multiple = regularization + jnp.where(fine, 0, 1e-6)
-        unit = jnp.where(fine, 0.0, 1.0)
-        added = shift + jnp.where(size > 0, multiple * size, unit)
+        # A share of the terms that Q_uu was summed from; of a control that nothing prices, 1.
+        multiple = regularization + jnp.where(fine, 0, _LEAST)
+        added = shift + jnp.where(size > 0, multiple * size, jnp.where(fine, 0.0, 1.0))
         convex = Quu + lanes.diagonal_matrix(added)
         return convex, jnp.where(stay, 0, low), jnp.where(stay, 0, high), curvature
 

@@ -11,8 +11,11 @@ from jax import lax
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import masked_inverse
 
-_ARMIJO = 0.1
+_ARMIJO = 0.1  # as in the source
 _MAX_BACKTRACKS = 20
+_MAX_STEPS = (
+    10  # a control: each can change sides several times; beyond, it is rounding that cycles
+)
 
 
 def box_qp(Q, q, lower, upper, scale):
@@ -83,7 +86,7 @@ def _projected_newton(Q, q, lower, upper, scale):
 
     def cond(carry):
         *_, done, iteration = carry
-        return ~jnp.all(done) & (iteration < 10 * m)
+        return ~jnp.all(done) & (iteration < _MAX_STEPS * m)
 
     def body(carry):
         *before, done, iteration = carry

@@ -14,6 +14,9 @@ from jaxmpc.solver.assessment import Assessment
 from jaxmpc.solver.iterate import Iterate, merits
 from jaxmpc.solver.line_search import Step
 
+# The power 2¹⁰: what is left of an eigenvalue that is smaller by a percent is e⁻¹⁰.
+_SQUARINGS = 10
+
 
 def along_negative_curvature(
     data: Data,
@@ -76,7 +79,7 @@ def negative_direction(Q, free):
         power = power / jnp.maximum(jnp.max(jnp.abs(power), axis=(0, 1)), tiny)
         return lanes.matmul(power, power)
 
-    power = lax.fori_loop(0, 10, square, power)
+    power = lax.fori_loop(0, _SQUARINGS, square, power)
     start = jnp.cos(jnp.arange(m, dtype=Q.dtype)).reshape((m,) + (1,) * bound.ndim)
     direction = jnp.sum(power * start, axis=1)
     return direction / jnp.maximum(jnp.max(jnp.abs(direction), axis=0), tiny)

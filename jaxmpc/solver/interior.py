@@ -30,6 +30,7 @@ from jaxmpc.solver.augmented import Penalty
 
 _BOUNDARY = 0.99  # the share of the way to where a variable becomes 0 that a step may take
 _REDUCTION = 0.1  # of τ, by a full step
+_CENTRAL = 0.1  # the first τ, relative to a multiplier times the distance that it makes a row give
 _DIGITS = 0.9  # τ ends at this power of eps, relative to where it started
 # Or with what the rows still cost at this share of the decrease, and the linear equations met.
 _ACCURATE, _MET = 1e-3, 1e-2
@@ -105,7 +106,7 @@ def start(sides: tuple[Sides, ...], x: Array, u: Array, scale: Array, rho: Array
     """At dz = 0, of the shapes of x and u, with multipliers of the order of ``scale``; on the
     central path, but for bounds and slack."""
     tiny = float(jnp.finfo(x.dtype).tiny) ** 0.5
-    tau = jnp.maximum(0.1 * scale**2 / rho, tiny)
+    tau = jnp.maximum(_CENTRAL * scale**2 / rho, tiny)
 
     def variables(one: Sides):
         g, give = one.g, one.give
