@@ -11,7 +11,7 @@ import bench.paper.__main__
 from bench import report
 from bench.paper import figures, trials
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def name_of(study):
