@@ -1,11 +1,12 @@
 """Studies of jaxmpc beside other implementations.
 
-Each prints a Markdown table and keeps it, with the numbers behind it, in bench/results/.
+Each prints a Markdown table and keeps it, with the numbers behind it, in bench/results/; a quick
+run keeps them in bench_output/, which git ignores.
 """
 
 import argparse
 
-from bench import box_lq, compile_time, fixed_point, gradients, lqr, mpc, scaling
+from bench import box_lq, compile_time, fixed_point, gradients, lqr, mpc, report, scaling
 
 # A study is a module with a docstring, `add_arguments(parser)` and `run(args)`; it may have a NAME.
 STUDIES = (gradients, mpc, box_lq, lqr, scaling, compile_time, fixed_point)
@@ -29,6 +30,7 @@ def main(argv=None):
         study.add_arguments(subparser)
         subparser.set_defaults(run=study.run)
     args = parser.parse_args(argv)
+    report.choose_output(args)
     args.run(args)
 
 

@@ -64,7 +64,8 @@ def run(args):
     rows = report.Rows(args.output, "box_lq", args.resume)
     with jax.enable_x64(True):
         measure_all(args, rows)
-    text = "\n\n".join([table(rows), notes(rows, report.command(args))])
+    places = {f"{row['device']}, {row['threads']} threads" for row in rows}
+    text = "\n\n".join([table(rows), report.notes(rows, report.command(args), places)])
     report.save_text(args.output, "box_lq", text)
     report.plot(args.output / "box_lq.png", panels(rows))
 
@@ -200,7 +201,7 @@ class Case:
         attempt = functools.partial(peers.attempt, script, timeout_s=5 * self.args.budget)
         start = time.perf_counter()
         if not self.args.peers:
-            first = dict(missing="left out (--no-peers)")
+            first = dict(missing=peers.LEFT_OUT)
         else:
             first = attempt(given | dict(tolerances=tolerances, repeats=1))
         if "missing" in first:
@@ -296,7 +297,7 @@ GROUP = ("sweep", "limit", "n", "m", "T", "batch", "target", "work")
 def table(rows) -> str:
     header = [
         *("sweep", "limit", "n", "m", "T", "batch", "residual asked", "work", "contender"),
-        *("median", "range", "compile", "iterations mean / max", "converged", "clamped"),
+        *(*report.TIMES, "clamped"),
         *("tolerance", "KKT residual, worst", "objective, mean", "times jaxmpc's"),
     ]
     order = {name: place for place, name in enumerate((JAXMPC, MATRICES, REFERENCE, HPIPM, CASADI))}
@@ -318,15 +319,11 @@ def table(rows) -> str:
             ours[group] = row
         elif group in ours and all(good(item) for item in (row, ours[group])):
             ratio = f"{row['median_s'] / ours[group]['median_s']:.3g} ×"
-        compiling, clamped = row["trace_s"] + row["compile_s"], row.get("clamped_share")
+        clamped = row.get("clamped_share")
         cells.append(
-            line
-            + [
-                report.seconds(row["median_s"]),
-                f"{report.seconds(row['min_s'])} – {report.seconds(row['max_s'])}",
-                report.seconds(compiling) if compiling else "–",
-                f"{row['iterations_mean']:.1f} / {row['iterations_max']}",
-                f"{row['status'].get('CONVERGED', 0.0):.1%}" if row["status"] else "not said",
+            [
+                *line,
+                *report.times(row),
                 "–" if clamped is None else f"{clamped:.0%}",
                 f"{row['tolerance']:.0e}",
                 report.number(row["kkt_residual_worst"]),
@@ -340,13 +337,6 @@ def table(rows) -> str:
 def good(row) -> bool:
     """Whether the row is within the residual that was asked for."""
     return row["kkt_residual_worst"] is not None and row["kkt_residual_worst"] <= row["target"]
-
-
-def notes(rows, command) -> str:
-    versions = {row["contender"]: row["versions"] for row in rows if "versions" in row}
-    devices = sorted({f"{row['device']}, {row['threads']} threads" for row in rows})
-    lines = [f"`{command}` on {'; '.join(devices)}", *(f"{k}: {v}" for k, v in versions.items())]
-    return "  \n".join(lines)
 
 
 def panels(rows) -> dict:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import measure, report
-from jaxmpc import mpc_solve, systems
+from jaxmpc import systems
 
 NAME = "compile"
 FORWARD, BOTH = "forward", "forward + backward"
@@ -37,12 +37,8 @@ def all_systems() -> dict:
     return {name: module for name, module in modules.items() if hasattr(module, "default_params")}
 
 
+@measure.in_float32
 def run(args):
-    with jax.enable_x64(False):
-        _run(args)
-
-
-def _run(args):
     rows = report.Rows(args.output, NAME, args.resume)
     found = all_systems()
     cases = [
@@ -70,15 +66,7 @@ def _measure(system, batch, work, args) -> dict:
     params = system.default_params()
 
     def forward(params, x_init):
-        return mpc_solve(
-            system.cost,
-            system.dynamics,
-            x_init,
-            jnp.zeros((T, system.M)),
-            params,
-            u_lower=system.U_LOWER,
-            u_upper=system.U_UPPER,
-        )
+        return measure.plan(system, x_init, jnp.zeros((T, system.M)), params)
 
     def value(params, x_init):
         solution = forward(params, x_init)
@@ -97,14 +85,13 @@ def _measure(system, batch, work, args) -> dict:
     result = executable(*given)
     solution = result if work == FORWARD else result[1]
     u = solution.u[None] if batch == 1 else solution.u
-    bounds = (jnp.broadcast_to(b, u.shape[1:]) for b in (system.U_LOWER, system.U_UPPER))
     times = measure.run_times({"run": lambda: executable(*given)}, repeats=args.repeats)["run"]
     totals = [each["trace_s"] + each["compile_s"] for each in compiling]
     row = dict(dtype=str(u.dtype), n=x_init.shape[-1], m=system.M, T=T)
     row |= {name: float(np.median([each[name] for each in compiling])) for name in compiling[0]}
     row |= dict(ready_min_s=min(totals), ready_max_s=max(totals), compile_repeats=args.repeats)
     row |= measure.spread(times) | measure.outcome(solution.status, solution.iterations)
-    return row | measure.judged(system.cost, system.dynamics, params, x_init, u, *bounds)
+    return row | measure.judged(system, params, x_init, u)
 
 
 def _table(rows: list[dict]) -> str:
@@ -128,11 +115,7 @@ def _table(rows: list[dict]) -> str:
 
 def _plot(path, rows):
     """Bars: where the time goes, program by program."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = report.pyplot()
     labels = [f"{row['system']} × {row['batch']}\n{row['work']}" for row in rows]
     figure, axis = plt.subplots(figsize=(6, 1 + 0.4 * len(rows)), layout="constrained")
     trace, compile_s = (np.array([row[name] for row in rows]) for name in ("trace_s", "compile_s"))

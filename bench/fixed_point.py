@@ -40,12 +40,8 @@ def add_arguments(parser):
     report.add_common_arguments(parser)
 
 
+@measure.in_float32
 def run(args):
-    with jax.enable_x64(False):
-        _run(args)
-
-
-def _run(args):
     rows = report.Rows(args.output, "fixed_point", args.resume)
     batch, ks = BATCH, (4,) if args.quick else ITERATIONS
     setting = measure.setting()
@@ -84,15 +80,8 @@ def _fixed_point(params, x_init, k):
 
 def _batched(solve, params, x_init, **options):
     def one(x_init):
-        return solve(
-            pendulum.cost,
-            pendulum.dynamics,
-            x_init,
-            jnp.zeros((T, pendulum.M)),
-            params,
-            u_lower=pendulum.U_LOWER,
-            u_upper=pendulum.U_UPPER,
-            **options,
+        return measure.plan(
+            pendulum, x_init, jnp.zeros((T, pendulum.M)), params, solve=solve, **options
         )
 
     return jax.vmap(one)(x_init)
@@ -159,9 +148,8 @@ def _measure(contender, k, batch, works, args, reference) -> list[dict]:
     times = measure.run_times(calls, repeats=args.repeats)
 
     solution = calls[FORWARD]()
-    bounds = (jnp.full((T, 1), b) for b in (pendulum.U_LOWER, pendulum.U_UPPER))
     quality = measure.outcome(solution.status, solution.iterations)
-    quality |= measure.judged(pendulum.cost, pendulum.dynamics, params, x_init, solution.u, *bounds)
+    quality |= measure.judged(pendulum, params, x_init, solution.u)
     more = {work: {} for work in works}
     more[BACKWARD] = dict(
         gradient_error_median=_error(calls[BACKWARD]()[1], reference),

@@ -16,18 +16,18 @@ leave out the curvature of the dynamics.
 """
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench import peers, report
-from jaxmpc import Options, Status, mpc_solve
+from bench import measure, peers, report
+from jaxmpc import Options, Status
 from jaxmpc.systems import pendulum, quadratic
 
 T = 20
+QUICK_STARTS = 8
 PHYSICS = np.array([10.0, 1.0, 1.0])  # g, m, l
 CONTROL_WEIGHTS = (1e-3, 0.1)
 MARGIN = 1e-6  # of a multiplier above 0 and of a free control inside its bounds
@@ -47,28 +47,25 @@ def add_arguments(parser):
     parser.add_argument(
         "--starts", type=int, default=64, help="random starts, 2 or more (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of starts and losses (%(default)s)")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=report.RESULTS,
-        metavar="DIR",
-        help="where gradients.md and gradients.jsonl go (bench/results)",
+    report.add_basic_arguments(
+        parser, f"{QUICK_STARTS} starts at most, in half a minute", "of starts and losses"
     )
 
 
 def run(args):
     if args.starts < 2:
         raise SystemExit("--starts must be 2 or more: mpc.pytorch refuses a batch of 1")
+    starts = min(args.starts, QUICK_STARTS) if args.quick else args.starts
     with jax.enable_x64(True):
-        rows, notes, peer_versions = compare(args.starts, args.seed)
+        rows, notes, peer_versions = compare(starts, args.seed)
     versions = report.versions("jaxmpc", "jax", "jaxlib", "numpy")
     if peer_versions:
         versions += f"; mpc.pytorch with {peer_versions}"
-    command = f"python -m bench gradients --starts {args.starts} --seed {args.seed}"
-    text = "\n\n".join([_table(rows), "\n".join(notes), f"`{command}`  \n{versions}."])
-    print(text)
-    report.save(args.output, "gradients", rows, text)
+    text = "\n\n".join([_table(rows), "\n".join(notes), f"`{report.command(args)}`  \n{versions}."])
+    kept = report.Rows(args.output, "gradients")
+    for row in rows:
+        kept.add(row)
+    report.save_text(args.output, "gradients", text)
 
 
 def compare(starts: int, seed: int) -> tuple[list[dict], list[str], str]:
@@ -166,16 +163,8 @@ def _params(physics: Array, control_weight) -> pendulum.Params:
 @functools.partial(jax.vmap, in_axes=(None, 0, 0, None, None))
 @functools.partial(jax.grad, has_aux=True)
 def _by_jaxmpc(physics, x_init, loss, control_weight, options):
-    solution = mpc_solve(
-        pendulum.cost,
-        pendulum.dynamics,
-        x_init,
-        jnp.zeros((T, 1)),
-        _params(physics, control_weight),
-        u_lower=pendulum.U_LOWER,
-        u_upper=pendulum.U_UPPER,
-        options=options,
-    )
+    params = _params(physics, control_weight)
+    solution = measure.plan(pendulum, x_init, jnp.zeros((T, 1)), params, options=options)
     return jnp.vdot(loss, solution.u), solution
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import measure, peers, report
-from bench.peers import native
+from bench.peers import LEFT_OUT, native
 from jaxmpc import lqr_solve
 
 # n, m, T, batch
@@ -41,7 +41,6 @@ DTYPES = ("float32", "float64")
 FORWARD, BOTH = "forward", "forward + backward"
 JAXMPC, LANES, HPIPM, REFERENCE = "jaxmpc", "C++ lanes", "HPIPM", "mpc.pytorch"
 DATA = ("C", "c", "F", "f", "x_init")
-LEFT_OUT = "left out (--no-peers)"
 
 
 def add_arguments(parser):
@@ -94,7 +93,7 @@ def problem(n, m, T, batch, seed, dtype) -> dict[str, np.ndarray]:
 
 def truth(C, c, F, f, x_init) -> np.ndarray:
     """z [batch, T, n+m] by a plain Riccati recursion; complex data are as good as real ones."""
-    batch, T, n, p = F.shape
+    batch, T, n, _ = F.shape
     product = lambda A, v: np.einsum("bij,bj->bi", A, v)  # noqa: E731
     V, v = np.zeros((batch, n, n)), np.zeros((batch, n))
     policy = []

@@ -1,6 +1,7 @@
 """What every study measures: compile time apart from run time, medians with their spread, and in
 the same row how good the result is, so that a fast wrong answer cannot win."""
 
+import functools
 import os
 import platform
 import time
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import report
-from jaxmpc import Status
+from jaxmpc import Status, mpc_solve
 
 
 def pin(threads: int) -> None:
@@ -93,6 +94,31 @@ def outcome(status, iterations) -> dict[str, Any]:
     )
 
 
+def in_float32(study: Callable) -> Callable:
+    """``study``, whatever JAX's default precision is."""
+
+    @functools.wraps(study)
+    def run(args):
+        with jax.enable_x64(False):
+            return study(args)
+
+    return run
+
+
+def plan(system, x_init, u_init, params, solve: Callable = mpc_solve, **options):
+    """``solve`` for one problem of a module of jaxmpc.systems, within its bounds."""
+    return solve(
+        system.cost,
+        system.dynamics,
+        x_init,
+        u_init,
+        params,
+        u_lower=system.U_LOWER,
+        u_upper=system.U_UPPER,
+        **options,
+    )
+
+
 def judge(
     cost, dynamics, params, x_init, lower, upper, terminal_cost=None, params_axis=None
 ) -> Callable[[Any], dict[str, float]]:
@@ -129,11 +155,12 @@ def judge(
     return verdict
 
 
-def judged(cost, dynamics, params, x_init, u, lower, upper, terminal_cost=None) -> dict[str, float]:
-    """The objective and the KKT residual of the controls u [batch, T, m], whoever made them.
+def judged(system, params, x_init, u) -> dict[str, float]:
+    """The objective and the KKT residual of a system's controls u [batch, T, m], whoever made them.
 
     In float64, by plain autodiff of the rolled-out objective: shares no code with any solver.
     ``judge`` does the same for many u and compiles once; its ``params_axis=0`` is for problems
     with parameters of their own.
     """
-    return judge(cost, dynamics, params, x_init, lower, upper, terminal_cost)(u)
+    bounds = (jnp.broadcast_to(b, u.shape[1:]) for b in (system.U_LOWER, system.U_UPPER))
+    return judge(system.cost, system.dynamics, params, x_init, *bounds)(u)

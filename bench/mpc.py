@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import measure, peers, report
-from jaxmpc import Options, mpc_solve
+from jaxmpc import Options
 from jaxmpc.systems import cartpole, pendulum
 
 T = 20
@@ -76,7 +76,8 @@ def run(args):
     all_threads(args, rows)
     in_one_thread(args)
     rows = report.Rows(args.output, "mpc", resume=True, missing=True)
-    text = "\n\n".join([table(rows), notes(rows, report.command(args))])
+    places = {row["device"] for row in rows}
+    text = "\n\n".join([table(rows), report.notes(rows, report.command(args), places)])
     report.save_text(args.output, "mpc", text)
     report.plot(args.output / "mpc.png", panels(rows))
 
@@ -132,7 +133,7 @@ class Case:
         self.system = SYSTEMS[name]
         self.params = self.system.default_params(dtype)
         with jax.enable_x64(True):  # the same starts in either dtype
-            states = self.system.sample_states(jax.random.key(args.seed), max(BATCHES + [batch]))
+            states = self.system.sample_states(jax.random.key(args.seed), max(*BATCHES, batch))
         self.x_init = jnp.asarray(np.asarray(states)[:batch], dtype)
         self.u_init = jnp.zeros((T, self.system.M), dtype)
         self.key = dict(
@@ -169,10 +170,7 @@ class Case:
             return
 
         def solve(x_init, u_init):
-            return mpc_solve(
-                system.cost, system.dynamics, x_init, u_init, self.params,
-                u_lower=system.U_LOWER, u_upper=system.U_UPPER,
-            )  # fmt: skip
+            return measure.plan(system, x_init, u_init, self.params)
 
         @jax.jit
         def move(x, u):
@@ -190,10 +188,7 @@ class Case:
             solutions.append(solution)
             u = solution.u
         plans = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
-        judged = measure.judged(
-            system.cost, system.dynamics, self.params, jnp.stack(states), plans.u,
-            system.U_LOWER, system.U_UPPER,
-        )  # fmt: skip
+        judged = measure.judged(system, self.params, jnp.stack(states), plans.u)
         found = measure.outcome(plans.status, plans.iterations) | judged | dict(tolerance=None)
         self.rows.add(key | compiling | found | measure.spread(seconds))
 
@@ -211,11 +206,10 @@ class Case:
         """The call to be timed, what compiling it took, and what came of it."""
 
         def solve(params, x_init, options):
-            plan = functools.partial(
-                mpc_solve, self.system.cost, self.system.dynamics, u_init=self.u_init,
-                u_lower=self.system.U_LOWER, u_upper=self.system.U_UPPER, options=options,
-            )  # fmt: skip
-            solution = jax.vmap(lambda x: plan(x_init=x, params=params))(x_init)
+            def plan(x_init):
+                return measure.plan(self.system, x_init, self.u_init, params, options=options)
+
+            solution = jax.vmap(plan)(x_init)
             return jnp.mean(solution.u**2), solution
 
         function = jax.grad(solve, has_aux=True) if work == GRADIENT else solve
@@ -236,7 +230,7 @@ class Case:
         if all(self.rows.find(key | dict(work=work)) for work in works):
             return None, key
         if not self.args.peers:
-            made = dict(missing="left out (--no-peers)")
+            made = dict(missing=peers.LEFT_OUT)
         else:
             given = given | dict(
                 system=self.name,
@@ -319,7 +313,7 @@ def same_quality(ours: dict, theirs: dict) -> bool:
 def table(rows) -> str:
     header = [
         *("system", "dtype", "work", "batch", "threads", "contender", "stops at"),
-        *("median", "range", "compile", "iterations mean / max", "converged"),
+        *report.TIMES,
         *("KKT residual, worst", "objective, mean", "times jaxmpc's"),
     ]
     order = {name: place for place, name in enumerate((JAXMPC, REFERENCE, ACADOS_NAME, CASADI))}
@@ -345,28 +339,16 @@ def table(rows) -> str:
                 line[-1] += f", tolerance {row['tolerance']:.0e}"
         elif group in ours and same_quality(ours[group], row):
             ratio = f"{row['median_s'] / ours[group]['median_s']:.3g} ×"
-        compiling = row["trace_s"] + row["compile_s"]
         cells.append(
-            line
-            + [
-                report.seconds(row["median_s"]),
-                f"{report.seconds(row['min_s'])} – {report.seconds(row['max_s'])}",
-                report.seconds(compiling) if compiling else "–",
-                f"{row['iterations_mean']:.1f} / {row['iterations_max']}",
-                f"{row['status'].get('CONVERGED', 0.0):.1%}" if row["status"] else "not said",
+            [
+                *line,
+                *report.times(row),
                 report.number(row["kkt_residual_worst"]),
                 report.number(row["objective_mean"], ".6f"),
                 ratio,
             ]
         )
     return report.markdown(header, cells, left=7)
-
-
-def notes(rows, command) -> str:
-    versions = {row["contender"]: row["versions"] for row in rows if "versions" in row}
-    devices = sorted({row["device"] for row in rows})
-    lines = [f"`{command}` on {', '.join(devices)}", *(f"{k}: {v}" for k, v in versions.items())]
-    return "  \n".join(lines)
 
 
 def panels(rows) -> dict:

@@ -10,12 +10,42 @@ import pathlib
 import platform
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# Of quick runs, which say nothing about jaxmpc: git ignores it.
+QUICK = pathlib.Path(__file__).parents[1] / "bench_output"
+
+
+def add_basic_arguments(parser, quick: str, seed: str = "of the problems", part: str = "") -> None:
+    """The options that every study has; ``part``: the folder in RESULTS and in QUICK."""
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--seed", type=int, default=0, help=f"{seed} (%(default)s)")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="DIR",
+        help=f"where the results go ({shown(RESULTS / part)}; with --quick {shown(QUICK / part)})",
+    )
+    parser.set_defaults(parser=parser, part=part)
+
+
+def choose_output(args) -> None:
+    """Fill in --output. What full runs have measured is kept; a quick run never replaces it."""
+    if args.output is None:
+        args.output = (QUICK if args.quick else RESULTS) / args.part
+        if args.quick:
+            print(f"A quick run: its results go to {shown(args.output)}.", flush=True)
+    elif args.quick and args.output.resolve().is_relative_to(RESULTS.resolve()):
+        args.parser.error(f"{shown(RESULTS)} keeps what full runs measured: no --quick into it")
+
+
+def shown(path: pathlib.Path) -> str:
+    """``path`` as a reader sees it: from this folder, where it lies in it."""
+    root = QUICK.parent
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def add_common_arguments(parser) -> None:
     """The options that every study of speed has."""
-    parser.add_argument("--quick", action="store_true", help="small sizes only, in half a minute")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems (%(default)s)")
+    add_basic_arguments(parser, "small sizes only, in half a minute")
     parser.add_argument("--repeats", type=int, default=7, help="of a measurement (%(default)s)")
     parser.add_argument(
         "--peers",
@@ -26,18 +56,10 @@ def add_common_arguments(parser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that are there already, and go on"
     )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="where the results go (bench/results)",
-    )
-    parser.set_defaults(parser=parser)
 
 
 # Options that say where results are kept, not what they are.
-WHERE = ("run", "parser", "output", "resume", "checkpoints", "fresh", "save_every")
+WHERE = ("run", "parser", "part", "output", "resume", "checkpoints", "fresh", "save_every")
 
 
 def command(args) -> str:
@@ -114,19 +136,47 @@ def seconds(value: float) -> str:
     return f"{value * scale:.{min(digits, 3)}f} {unit}"
 
 
+TIMES = ("median", "range", "compile", "iterations mean / max", "converged")
+
+
+def times(row: dict) -> list[str]:
+    """What a table says in the columns TIMES."""
+    compiling = row["trace_s"] + row["compile_s"]
+    return [
+        seconds(row["median_s"]),
+        f"{seconds(row['min_s'])} – {seconds(row['max_s'])}",
+        seconds(compiling) if compiling else "–",
+        f"{row['iterations_mean']:.1f} / {row['iterations_max']}",
+        f"{row['status'].get('CONVERGED', 0.0):.1%}" if row["status"] else "not said",
+    ]
+
+
+def notes(rows: list[dict], command: str, places: set[str]) -> str:
+    """What stands below a table: the command, where it ran, and the versions of each contender."""
+    versions = {row["contender"]: row["versions"] for row in rows if "versions" in row}
+    where = f"`{command}` on {'; '.join(sorted(places))}"
+    return "  \n".join([where, *(f"{name}: {version}" for name, version in versions.items())])
+
+
 def number(value: float | None, form: str = ".1e") -> str:
     """A number for a table; what was not finite is said to be so."""
     return "not finite" if value is None else format(value, form)
 
 
-def plot(path: pathlib.Path, panels: dict[str, dict[str, tuple]], ylabel: str = "seconds") -> None:
-    """Log-log lines, one panel a title: panels[title][label] = (xs, ys), with the name of the x
-    axis after a "|" in the title. Each line is labelled where it ends."""
+def pyplot():
+    """Matplotlib's pyplot, drawing into files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(path: pathlib.Path, panels: dict[str, dict[str, tuple]], ylabel: str = "seconds") -> None:
+    """Log-log lines, one panel a title: panels[title][label] = (xs, ys), with the name of the x
+    axis after a "|" in the title. Each line is labelled where it ends."""
+    plt = pyplot()
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
@@ -181,12 +231,4 @@ def save_text(directory: pathlib.Path, name: str, text: str) -> None:
     """Print ``text`` and write it to <name>.md."""
     print(text)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-
-
-def save(directory: pathlib.Path, name: str, rows: list[dict], text: str) -> None:
-    """Write ``rows`` to <name>.jsonl, one a line, and ``text`` to <name>.md."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, allow_nan=False) for row in rows]
-    (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")

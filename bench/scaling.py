@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import lqr, measure, report
-from jaxmpc import lqr_solve, mpc_solve
+from jaxmpc import lqr_solve
 from jaxmpc.systems import cartpole, pendulum
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -35,12 +35,8 @@ def add_arguments(parser):
     report.add_common_arguments(parser)
 
 
+@measure.in_float32
 def run(args):
-    with jax.enable_x64(False):
-        _run(args)
-
-
-def _run(args):
     rows = report.Rows(args.output, "scaling", args.resume)
     cases = _cases(args.quick)
     for case in tqdm(cases, desc="scaling", unit="size"):
@@ -54,12 +50,8 @@ def _run(args):
             rows.add(key | _measure_mpc(args, **case))
     found = list(rows)
     setting = measure.setting()
-    text = [
-        _table(found),
-        f"`{report.command(args)}`  \n{setting['device']}, ",
-        setting["versions"],
-    ]
-    text[1:] = [f"{text[1]}{setting['threads']} threads. {text[2]}."]
+    where = f"{setting['device']}, {setting['threads']} threads. {setting['versions']}."
+    text = [_table(found), f"`{report.command(args)}`  \n{where}"]
     report.save_text(args.output, "scaling", "\n\n".join(text))
     _plot(args.output / "scaling.png", found)
 
@@ -93,23 +85,13 @@ def _measure_mpc(args, problem, batch, **_) -> dict:
     params = system.default_params()
 
     def solve(params, x_init):
-        return mpc_solve(
-            system.cost,
-            system.dynamics,
-            x_init,
-            jnp.zeros((T, system.M)),
-            params,
-            u_lower=system.U_LOWER,
-            u_upper=system.U_UPPER,
-        )
+        return measure.plan(system, x_init, jnp.zeros((T, system.M)), params)
 
     program = jax.vmap(solve, (None, 0))
     row, solution = _timed(args, program, params, x_init)
     row |= measure.outcome(solution.status, solution.iterations)
     row["per_problem_and_iteration_s"] = row["per_problem_s"] / max(row["iterations_mean"], 1)
-    bounds = (jnp.broadcast_to(b, solution.u.shape[1:]) for b in (system.U_LOWER, system.U_UPPER))
-    quality = measure.judged(system.cost, system.dynamics, params, x_init, solution.u, *bounds)
-    return row | quality
+    return row | measure.judged(system, params, x_init, solution.u)
 
 
 def _measure_lqr(args, n, m, T, batch, method, **_) -> dict:
@@ -169,8 +151,8 @@ def _table(rows: list[dict]) -> str:
             start = [against, name, str(row[_size(row)])]
             iterated = "per_problem_and_iteration_s" in row
             cells.append(
-                start
-                + [
+                [
+                    *start,
                     report.seconds(row["median_s"]),
                     f"{report.seconds(row['min_s'])} – {report.seconds(row['max_s'])}",
                     report.seconds(row["per_problem_s"]),

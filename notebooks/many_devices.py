@@ -108,11 +108,11 @@ def start_processes(num: int, arguments: list[str]) -> None:
     command = [sys.executable, __file__, *arguments, "--address", address]
     running = [subprocess.Popen([*command, "--process", str(i)]) for i in range(num)]
     try:
-        failed = any([process.wait() for process in running])
+        codes = [process.wait() for process in running]  # of all, whichever fails first
     finally:
         for process in running:
             process.kill()
-    if failed:
+    if any(codes):
         raise SystemExit("a process failed")
 
 

@@ -2,7 +2,7 @@
 
 Each figure is written as CSV with its curves, as PNG, and as a Markdown table of every trial beside
 what the paper says. Runs can be stopped at any moment, by Ctrl-C or kill -9, and go on where they
-were when the same command is given again.
+were when the same command is given again. A quick run keeps all of that apart, in bench_output/.
 """
 
 import argparse
@@ -13,6 +13,9 @@ import signal
 
 from bench import report
 from bench.paper import figures, trials
+
+# Apart from those of the full runs: --fresh removes them.
+QUICK_CHECKPOINTS = report.QUICK / "paper" / "checkpoints"
 
 
 def main(argv=None):
@@ -26,8 +29,11 @@ def main(argv=None):
         text = chosen[0].__doc__.partition("\n")[0] if len(chosen) == 1 else "All of them."
         subparser = subparsers.add_parser(name, help=text, description=text)
         add_arguments(subparser)
-        subparser.set_defaults(figures=chosen, figure=name, parser=subparser)
+        subparser.set_defaults(figures=chosen, figure=name)
     args = parser.parse_args(argv)
+    report.choose_output(args)
+    if args.checkpoints is None:
+        args.checkpoints = QUICK_CHECKPOINTS if args.quick else pathlib.Path("checkpoints")
     # What a script starts in the background inherits that it ignores kill -INT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.fresh:
@@ -45,9 +51,9 @@ def main(argv=None):
 
 
 def add_arguments(parser):
-    results = report.RESULTS / "paper"
-    parser.add_argument("--quick", action="store_true", help="a few epochs of little, in a minute")
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial (%(default)s)")
+    report.add_basic_arguments(
+        parser, "a few epochs of little, in a minute", "of the first trial", "paper"
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -55,14 +61,11 @@ def add_arguments(parser):
         help="processes that train side by side (one for each CPU: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=pathlib.Path, default=results, metavar="DIR", help="(bench/results/paper)"
-    )
-    parser.add_argument(
         "--checkpoints",
         type=pathlib.Path,
-        default=pathlib.Path("checkpoints"),
         metavar="DIR",
-        help="what is needed to go on after an interruption (%(default)s)",
+        help="what is needed to go on after an interruption (checkpoints; with --quick "
+        f"{report.shown(QUICK_CHECKPOINTS)})",
     )
     parser.add_argument(
         "--save-every",

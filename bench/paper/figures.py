@@ -77,13 +77,8 @@ def _short(value):
 
 
 def _axes(rows: int, columns: int, width=4.2, height=3.2, **options):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (width * columns, height * rows)
-    figure, axes = pyplot.subplots(
+    figure, axes = report.pyplot().subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
     for axis in axes.flat:
@@ -276,9 +271,11 @@ class Figure4(Imitation):
                 for method in ("sysid", *MPC):
                     ratio = network / np.maximum(get(domain, method, size), FLOOR)
                     lines.append(
-                        [domain, str(size), f"`{method}`"]
-                        + [f"{np.median(ratio):.2g} ×", f"{np.min(ratio):.2g} ×"]
-                        + [f"{np.sum(ratio >= 100)} of {len(ratio)}"]
+                        [
+                            *(domain, str(size), f"`{method}`"),
+                            *(f"{np.median(ratio):.2g} ×", f"{np.min(ratio):.2g} ×"),
+                            f"{np.sum(ratio >= 100)} of {len(ratio)}",
+                        ]
                     )
         header = ["domain", "trajectories", "method", "below `nn`: median", "least", "100 × below"]
         return [
@@ -315,8 +312,8 @@ class Figure6(Imitation):
         lines = []
         for setting in settings:
             train, test = (np.mean(at_best(trained[setting], c)) for c in ("train", "test"))
-            lines.append([setting.domain, str(setting.num_train), f"`{setting.method}`"]
-                         + [f"{train:.1e}", f"{test:.1e}", f"{test / train:.2g}"])  # fmt: skip
+            line = [setting.domain, str(setting.num_train), f"`{setting.method}`"]
+            lines.append([*line, f"{train:.1e}", f"{test:.1e}", f"{test / train:.2g}"])
         text = [
             "Imitation loss at the epoch with the best validation loss, mean over the trials. The "
             "train loss is the mean over the minibatches of that epoch, each before its update.",
@@ -506,9 +503,11 @@ class Figure3(Figure):
                 at = [values[name][k - self.SMOOTH, start]
                       for name in values for k in self.marks(trained)]  # fmt: skip
                 lines.append(
-                    [setting.variant, str(start), *(f"{value:.2e}" for value in at)]
-                    + ["yes" if found[start] else "no"]
-                    + [f"{np.mean(run.curves['converged'][:, start]):.2%}"]
+                    [
+                        *(setting.variant, str(start), *(f"{value:.2e}" for value in at)),
+                        "yes" if found[start] else "no",
+                        f"{np.mean(run.curves['converged'][:, start]):.2%}",
+                    ]
                 )
         text = [
             "Losses as the mean over 25 iterations. Imitation: E ‖τ − τ̂‖², a sum over 5 stages "

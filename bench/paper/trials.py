@@ -1,10 +1,9 @@
 """Trials that train side by side, in runs that can be killed at any moment.
 
-A run is a number of trials of one experiment, vmapped. Runs are shared out among processes of one
-thread each. A run is a function of
-its settings alone. Every so many seconds, and when it is interrupted, all that it needs to go
-on is saved, its curves included; called again, it goes on from there and ends with the same numbers
-as one that was never stopped.
+A run is a number of trials of one experiment, vmapped, and a function of its settings alone. Runs
+are shared out among processes of one thread each. Every so many seconds, and when it is
+interrupted, all that a run needs to go on is saved, its curves included; called again, it goes on
+from there and ends with the same numbers as one that was never stopped.
 """
 
 import contextlib

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 INSTALLED = ROOT / ".venv-peers" / ".installed"
 ABSENT = "absent (make peers)"
+LEFT_OUT = "left out (--no-peers)"
 
 
 def present() -> bool:

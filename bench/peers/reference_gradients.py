@@ -7,12 +7,11 @@ and writes an .npz with, for both exact ways of linearising the dynamics that ``
 where <way> is "auto_diff" or "analytic"; and versions.
 """
 
-import importlib.metadata
-import platform
 import sys
 
 import numpy as np
 import torch
+from common import versions
 from mpc import mpc
 
 ITERATIONS = 200
@@ -87,8 +86,7 @@ def solve(given, grad_method):
 def main(source, target):
     with np.load(source) as arrays:
         given = dict(arrays)
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("mpc", "torch", "numpy")]
-    made = {"versions": ", ".join([f"Python {platform.python_version()}", *packages])}
+    made = {"versions": versions("mpc", "torch", "numpy")}
     for method in (mpc.GradMethods.AUTO_DIFF, mpc.GradMethods.ANALYTIC):
         name = method.name.lower()
         made[f"{name}_u"], made[f"{name}_gradient"] = solve(given, method)
