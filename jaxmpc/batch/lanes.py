@@ -174,7 +174,7 @@ def last(fn, sizes):
         if num_blocks == 1:
             return block(own)
         out = jax.lax.map(block, [deal(a) for a in own])
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], out)
+        return jax.tree.map(lambda a: a.reshape(num_blocks * num, *a.shape[2:])[:size], out)
 
     return many
 
