@@ -233,7 +233,8 @@ def test_float32_gradients_are_those_of_float64_where_the_active_set_is_the_same
     assert low_solution.u.dtype == jnp.float32
     assert np.all(np.asarray(high_solution.status) == Status.CONVERGED)
     assert np.all(np.asarray(low_solution.status) == Status.CONVERGED)
-    same = np.all(np.asarray(low_solution.free == high_solution.free), axis=(1, 2))
+    low_solution, high_solution = jax.tree.map(np.asarray, (low_solution, high_solution))
+    same = np.all(low_solution.free == high_solution.free, axis=(1, 2))
     # Another local minimum is another problem.
     same &= np.abs(np.asarray(low_solution.objective - high_solution.objective)) < 1e-3
     assert np.mean(same) > 0.9

@@ -300,11 +300,16 @@ def beside_a_gradient(params, x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inside_other_transformations(f, kind):
     mesh = mesh_of((8,), kind)
-    with jax.set_mesh(mesh), jax.checking_leaks():
+    with jax.set_mesh(mesh):
         got, collectives, sizes = run(f, place(mesh, P(), PARAMS), place(mesh, P("a"), X))
     np.testing.assert_allclose(got, jax.jit(f)(PARAMS, X), rtol=1e-12, atol=1e-14)
     assert collectives == []
     assert sizes == {4}
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        run(beside_a_gradient, PARAMS, X)
 
 
 @pytest.mark.parametrize("axes", [{"a"}, {"a", "b"}])

@@ -111,31 +111,43 @@ def test_the_certificate_of_a_constrained_plan_is_that_of_the_dense_problem():
     constraints = Constraints(inequality=lambda x, u, t, params: x[:1] - wall)
     problem = cost, dynamics, jnp.zeros(2)
     bounds = dict(u_lower=-1.0, u_upper=1.0, constraints=constraints)
-    solution = mpc_solve(*problem, jnp.zeros((T, 1)), 0.1, **bounds)
-    assert solution.status == Status.CONVERGED
-    certificate = certify(*problem, solution, 0.1, **bounds)
 
-    def states(u):
-        return rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[1]
+    def objective_and_states(u):
+        return rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)
+
+    @jax.jit
+    def run():
+        solution = mpc_solve(*problem, jnp.zeros((T, 1)), 0.1, **bounds)
+        nu = solution.multipliers.inequality[:, 0]
+
+        def lagrangian(u):
+            objective, x = objective_and_states(u)
+            return objective + jnp.vdot(nu, x[:-1, 0])
+
+        dense = (
+            jax.hessian(lambda u: objective_and_states(u)[0])(solution.u),
+            jax.jacobian(lambda u: objective_and_states(u)[1])(solution.u),
+            jax.grad(lagrangian)(solution.u),
+        )
+        return solution, certify(*problem, solution, 0.1, **bounds), dense
+
+    solution, certificate, dense = jax.tree.map(np.asarray, run())
+    hessian, slopes, gradient = dense
+    assert solution.status == Status.CONVERGED
 
     g = np.asarray(solution.x[:-1, 0] - wall)
     nu, free = np.asarray(solution.multipliers.inequality[:, 0]), np.asarray(solution.free[:, 0])
     active = nu > 0
     assert 0 < active.sum() < T and 0 < free.sum() < T
-    hessian = jax.hessian(lambda u: rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[0])(solution.u)
-    rows = np.asarray(jax.jacobian(states)(solution.u))[:-1, 0, :, 0][active][:, free]
+    rows = slopes[:-1, 0, :, 0][active][:, free]
     tangent = np.linalg.svd(rows)[2][np.linalg.matrix_rank(rows) :].T
-    hessian = np.asarray(hessian)[:, 0, :, 0][np.ix_(free, free)]
+    hessian = hessian[:, 0, :, 0][np.ix_(free, free)]
     want = np.linalg.eigvalsh(tangent.T @ hessian @ tangent)[0]
     # By inverse iteration, from above.
     assert want * (1 - 1e-9) <= certificate.curvature <= want * 1.01
     assert certificate.kkt_residual <= 1e-9
     assert certificate.adjoint_residual <= 1e-12
-    gradient = jax.grad(
-        lambda u: (
-            rolled_out(cost, dynamics, jnp.zeros(2), u, 0.1)[0] + jnp.vdot(nu, states(u)[:-1, 0])
-        )
-    )(solution.u)[:, 0]
+    gradient = gradient[:, 0]
     margin = min(nu[active].min(), np.abs(gradient)[~free].min())
     assert_close(certificate.multiplier, margin, 1e-6)
     distances = (1 - np.abs(np.asarray(solution.u[:, 0])))[free]

@@ -141,7 +141,7 @@ def test_ipopt_started_at_the_solution_stays_there(system):
 # What does not matter.
 
 
-@each_system
+@pytest.mark.parametrize("system", ["pendulum", pytest.param("cartpole", marks=pytest.mark.slow)])
 def test_the_papers_hessian_reaches_the_same_objective(system):
     options = Options(tolerance=1e-6, hessian="ilqr", max_iterations=500)
     solution = solve(model_of(system), inputs_of(system), options)
@@ -204,7 +204,9 @@ def test_the_objective_never_exceeds_that_of_the_start(system):
 # Problems of other shapes.
 
 
-@pytest.mark.parametrize("n, m, T", [(1, 1, 1), (3, 2, 6), (4, 3, 6), (3, 10, 4)])
+@pytest.mark.parametrize(
+    "n, m, T", [(1, 1, 1), pytest.param(3, 2, 6, marks=pytest.mark.slow), (4, 3, 6), (3, 10, 4)]
+)
 def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
     inputs = network_inputs(n, m, T)
     solution = solve(NETWORK, inputs)

@@ -248,6 +248,7 @@ def test_the_linear_expert_imitates_itself():
     assert (jnp.abs(tau[..., 3:]) == 1.0).any(), "no bound is active"
 
 
+@pytest.mark.slow
 def test_the_network_learns():
     curves = curves_of(imitation.run(Setting("pendulum", "nn", 10, hidden=32), [0, 1], 40, 40), 40)
     assert (np.diff(curves["train"], axis=0) < 0).mean() > 0.9
@@ -257,7 +258,7 @@ def test_the_network_learns():
 # What is reported.
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_figures_are_drawn(tmp_path, quick):
     """From curves that nobody trained."""
     rng = np.random.default_rng(0)

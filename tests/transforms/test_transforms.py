@@ -136,6 +136,7 @@ def test_dtypes_are_promoted_together():
     assert s.u.dtype == s.x.dtype == s.K.dtype == jnp.float64
 
 
+@pytest.mark.slow  # plans and gradients are compared in test_many_devices
 def test_a_sharded_batch_gives_the_same_results_where_it_lies():
     mesh = jax.make_mesh(
         (len(jax.devices()),), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)
