@@ -102,7 +102,7 @@ def refused(constraints):
 
 
 def test_refuses_what_is_no_constraints():
-    with pytest.raises(TypeError, match="constraints must be a jaxmpc.Constraints, got function"):
+    with pytest.raises(TypeError, match=r"constraints must be a jaxmpc\.Constraints, got function"):
         refused(GOOD["inequality"])
 
 

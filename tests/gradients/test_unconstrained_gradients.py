@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def random_network(key, sizes):
 class Network:
     """A neural network as dynamics with two controls, a nonquadratic cost and a terminal cost."""
 
-    params = {
+    params: ClassVar = {
         "net": random_network(jax.random.key(1), [5, 16, 3]),
         "goal": jnp.array([0.5, -0.2, 0.1]),
     }

@@ -197,7 +197,7 @@ def test_traced_infeasible_bounds_are_a_status_of_their_problem():
                     params,
                     u_lower=-0.5,
                     u_upper=b,
-                )  # fmt: skip
+                )
             )(starts(4), upper)
             return loss(solutions, counts), solutions
 
@@ -237,7 +237,8 @@ def test_the_policies_for_the_unconverged():
     assert np.all(np.isnan(nan[~converged]))
     assert_close(nan[converged], zero[converged], 1e-12)
     implicit, _ = derivatives("implicit")
-    assert np.all(np.isfinite(implicit)) and np.all(implicit != 0)
+    assert np.all(np.isfinite(implicit))
+    assert np.all(implicit != 0)
     assert_close(implicit[converged], zero[converged], 1e-12)
 
 

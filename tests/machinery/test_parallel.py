@@ -83,7 +83,9 @@ def test_is_the_sequential_solve(size):
     problem, free = random_problem(*size)
     got = solve(problem, free)
     assert_close(got, solve(problem, free, "sequential"), 1e-10)
-    assert np.all(got.u[~free] == 0) and np.all(got.K[~free] == 0) and np.all(got.k[~free] == 0)
+    assert np.all(got.u[~free] == 0)
+    assert np.all(got.K[~free] == 0)
+    assert np.all(got.k[~free] == 0)
 
 
 @pytest.mark.parametrize("pinned", ["none", "some", "all"])
@@ -236,9 +238,9 @@ def test_nothing_goes_through_the_horizon_stage_by_stage():
 
 def test_an_unknown_method_is_refused():
     problem, _ = random_problem(2, 1, 3)
-    with pytest.raises(ValueError, match="method must be one of .*'parallel'.*got 'fast'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*'parallel'.*got 'fast'"):
         lqr_solve(problem.x_init, problem.C, problem.c, problem.F, method="fast")
-    with pytest.raises(ValueError, match="options.riccati must be one of .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"options\.riccati must be one of .*got 'fast'"):
         mpc_solve(
             pendulum.cost,
             pendulum.dynamics,

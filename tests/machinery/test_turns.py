@@ -123,4 +123,5 @@ def test_every_problem_is_worked_on_once_and_to_its_end(size):
         )
     )(lengths)
     np.testing.assert_array_equal(got["steps"], lengths)
-    assert got["left"].shape == (size, 2) and not got["left"].any()
+    assert got["left"].shape == (size, 2)
+    assert not got["left"].any()

@@ -338,7 +338,7 @@ def test_wrong_shapes_are_refused(system):
     x, u = random_states(system, 1, 5)[0], jnp.zeros(system.M)
     for bad_x, bad_u in ((x[:-1], u), (jnp.append(x, 0.0), u), (x, jnp.zeros(system.M + 1))):
         for fn in (system.dynamics, system.cost):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=r"unpack|shape"):
                 fn(bad_x, bad_u, 0, system.default_params())
 
 

@@ -355,7 +355,7 @@ def test_wrong_shapes_are_refused(case):
     _, module, dynamics, default_params, *_ = case
     x, u = module.sample_states(jax.random.key(1), 1)[0], jnp.zeros(1)
     for bad_x, bad_u in ((x[:-1], u), (jnp.append(x, 0.0), u), (x, jnp.zeros(2))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"unpack|shape"):
             dynamics(bad_x, bad_u, 0, default_params())
 
 
@@ -373,7 +373,8 @@ def test_state_broadcasts_and_angle_inverts_it():
 def test_sampled_states_fill_the_papers_ranges():
     xs = pendulum.sample_states(jax.random.key(2), 2000)
     ys = cartpole.sample_states(jax.random.key(2), 2000)
-    assert xs.shape == (2000, 3) and ys.shape == (2000, 5)
+    assert xs.shape == (2000, 3)
+    assert ys.shape == (2000, 5)
     for values, high in (
         (pendulum.angle(xs), np.pi / 2),
         (xs[:, 2], 1.0),
@@ -382,7 +383,8 @@ def test_sampled_states_fill_the_papers_ranges():
         (cartpole.angle(ys), np.pi),
         (ys[:, 4], 1.0),
     ):
-        assert -high <= values.min() < -0.99 * high and 0.99 * high < values.max() <= high
+        assert -high <= values.min() < -0.99 * high
+        assert 0.99 * high < values.max() <= high
         np.testing.assert_allclose(values.std(), high / np.sqrt(3), rtol=0.05)
     off_diagonal = np.corrcoef(np.column_stack([ys[:, [0, 1, 4]], cartpole.angle(ys)]).T) - np.eye(
         4

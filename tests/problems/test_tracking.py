@@ -49,7 +49,7 @@ def as_arrays(x_ref, u_ref, Q, R, Q_final, **static):
 def test_values_are_the_equation(references, weights, angle_error):
     (x_ref, u_ref), (Q, R, Q_final) = REFERENCES[references], WEIGHTS[weights]
     task = as_arrays(x_ref, u_ref, Q, R, Q_final, angles=(1,), angle_error=angle_error)
-    x, u = RNG.normal(size=N) + [0, 20, 0], RNG.normal(size=M)
+    x, u = RNG.normal(size=N) + np.array([0, 20, 0]), RNG.normal(size=M)
 
     def quadratic(weight, e):
         return 0.5 * e @ (np.diag(weight) if weight.ndim == 1 else weight) @ e
@@ -241,8 +241,8 @@ def test_dtype_is_kept_under_strict_promotion(dtype):
 )
 def test_what_does_not_fit_is_named(change, message):
     task = Tracking(jnp.zeros(N), jnp.ones(N), jnp.ones(M), Q_final=jnp.ones(N))
+    bad = dataclasses.replace(task, **change)
     with pytest.raises(ValueError, match=message):
-        bad = dataclasses.replace(task, **change)
         tracking.cost(jnp.zeros(N), jnp.zeros(M), 0, bad)
 
 

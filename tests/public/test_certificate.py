@@ -75,7 +75,8 @@ def test_in_float32_the_adjoint_is_worse():
     certificate = certify(pendulum.cost, pendulum.dynamics, x_init, solution, params)
     assert 1e-9 < float(certificate.adjoint_residual) < 1e-4
     for leaf in jax.tree.leaves(certificate):
-        assert leaf.dtype == jnp.float32 and leaf.shape == ()
+        assert leaf.dtype == jnp.float32
+        assert leaf.shape == ()
 
 
 def test_without_free_controls_and_without_convexity():
@@ -138,7 +139,8 @@ def test_the_certificate_of_a_constrained_plan_is_that_of_the_dense_problem():
     g = np.asarray(solution.x[:-1, 0] - wall)
     nu, free = np.asarray(solution.multipliers.inequality[:, 0]), np.asarray(solution.free[:, 0])
     active = nu > 0
-    assert 0 < active.sum() < T and 0 < free.sum() < T
+    assert 0 < active.sum() < T
+    assert 0 < free.sum() < T
     rows = slopes[:-1, 0, :, 0][active][:, free]
     tangent = np.linalg.svd(rows)[2][np.linalg.matrix_rank(rows) :].T
     hessian = hessian[:, 0, :, 0][np.ix_(free, free)]

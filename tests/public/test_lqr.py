@@ -64,7 +64,8 @@ def test_gains_are_those_of_every_tail_of_the_horizon():
     problem, free = random_problem(*SMALL)
     solution = solve(problem, free)
     assert_close((solution.K, solution.k), jax.jit(dense_gains)(problem, free), 1e-10)
-    assert np.all(solution.K[~free] == 0) and np.all(solution.k[~free] == 0)
+    assert np.all(solution.K[~free] == 0)
+    assert np.all(solution.k[~free] == 0)
 
 
 def test_an_indefinite_problem_gives_its_stationary_point():

@@ -60,7 +60,7 @@ def test_an_empty_batch():
 
 
 def test_what_it_refuses():
-    with pytest.raises(TypeError, match="must be a jaxmpc.Solution, got dict"):
+    with pytest.raises(TypeError, match=r"must be a jaxmpc\.Solution, got dict"):
         summarize(dataclasses.asdict(BATCH))
     with pytest.raises(TypeError, match="outside of jit"):
         jax.jit(lambda s: len(summarize(s)))(BATCH)

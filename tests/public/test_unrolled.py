@@ -69,7 +69,8 @@ def test_before_it_the_derivative_is_that_of_the_iterations(controls):
 def test_no_iterations_is_the_rollout_of_u_init():
     s = solve(ilqr_unrolled, 10.0, 2.0, num_iterations=0)
     assert np.all(np.asarray(s.u) == 0)
-    assert s.iterations == 0 and s.status == Status.MAX_ITERATIONS
+    assert s.iterations == 0
+    assert s.status == Status.MAX_ITERATIONS
 
 
 def test_the_objective_never_rises():

@@ -1,5 +1,7 @@
 """The trust region, and problems that are given by matrices."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_a_trust_region_caps_every_iteration_and_not_the_plan():
         return jax.vmap(one)(starts)
 
     plans = [solve(k, cap).u for k in range(8)]
-    moves = [jnp.max(jnp.abs(b - a)) for a, b in zip(plans, plans[1:], strict=False)]
+    moves = [jnp.max(jnp.abs(b - a)) for a, b in itertools.pairwise(plans)]
     assert max(moves) <= cap * (1 + 1e-12)
     assert max(moves) >= cap * (1 - 1e-12)  # at first, the search wants to go further
     # Where it ends is a minimum of the problem without the cap, if not always the nearest.
@@ -145,6 +147,6 @@ def test_matrices_give_the_plan_and_gradients_of_the_dense_problem():
     ],
 )  # fmt: skip
 def test_matrices_have_to_fit(changes, message):
+    bounds = dict(u_lower=-1.0, u_upper=1.0)
     with pytest.raises(ValueError, match=message):
-        bounds = dict(u_lower=-1.0, u_upper=1.0)
         by_matrices({"params": matrices() | changes, "x_init": jnp.ones(N), **bounds})

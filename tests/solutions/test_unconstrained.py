@@ -1,6 +1,7 @@
 """Plans of ``ilqr_box`` against the rolled-out objective's own derivatives, and against IPOPT."""
 
 import dataclasses
+import functools
 
 import casadi
 import jax
@@ -204,9 +205,10 @@ def test_the_objective_never_exceeds_that_of_the_start(system):
 # Problems of other shapes.
 
 
-@pytest.mark.parametrize(
-    "n, m, T", [(1, 1, 1), pytest.param(3, 2, 6, marks=pytest.mark.slow), (4, 3, 6), (3, 10, 4)]
-)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("n, m, T", [(1, 1, 1), slow(3, 2, 6), (4, 3, 6), (3, 10, 4)])
 def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
     inputs = network_inputs(n, m, T)
     solution = solve(NETWORK, inputs)

@@ -69,7 +69,8 @@ def test_writes_the_files_that_it_names(quick):
         with Image.open(folder / name) as image:
             assert getattr(image, "n_frames", 1) == frames
             low, high = image.convert("L").getextrema()
-            assert low < 50 and high > 200  # something is drawn
+            assert low < 50
+            assert high > 200
 
 
 def test_model_is_the_step_of_the_environment():
@@ -113,4 +114,5 @@ def test_says_what_to_install(module):
     assert result.returncode == 1
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert module in line and 'pip install "jaxmpc[demo]"' in line
+    assert module in line
+    assert 'pip install "jaxmpc[demo]"' in line

@@ -84,12 +84,14 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(undisturb
     changed = [path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("*/epochs/*")]
     finish(start(folder, "fig3"))
     again = [path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("*/epochs/*")]
-    assert again == changed and len(again) > 0
+    assert again == changed
+    assert len(again) > 0
     assert (folder / "out" / "fig3.csv").read_bytes() == first
     process = start(folder, "fig3", "--seed", "7")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "seeds was [0, 1], is [7, 8]" in output and "--fresh" in output
+    assert "seeds was [0, 1], is [7, 8]" in output
+    assert "--fresh" in output
 
 
 @pytest.mark.slow
@@ -99,13 +101,15 @@ def test_all_figures_train(tmp_path):
     for name in names:
         for ending in ("csv", "png", "md"):
             assert (tmp_path / "out" / f"{name}.{ending}").stat().st_size > 300, (name, ending)
-    assert "100%" in text and "left" in text  # the progress bar
+    assert "100%" in text
+    assert "left" in text
     with (tmp_path / "out" / "fig4.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == set(imitation.METHODS)
     assert {row["seed"] for row in rows} == {"0", "1"}
     for row in rows:
-        assert float(row["test"]) > 0 and float(row["validation"]) > 0
+        assert float(row["test"]) > 0
+        assert float(row["validation"]) > 0
         assert bool(row["physics0"]) == (row["method"] in imitation.LEARNS_PHYSICS)
         assert bool(row["logit0"]) == (row["method"] in imitation.LEARNS_COST)
     for method in imitation.METHODS:
@@ -144,7 +148,8 @@ def test_the_halves_of_a_cost_take_turns(learning_the_cost):
 
 def test_learning_lowers_the_loss(learning_the_cost):
     train = learning_the_cost["train"]
-    assert (train[-1] < 0.9 * train[0]).all() and (np.diff(train, axis=0) < 0).mean() > 0.9
+    assert (train[-1] < 0.9 * train[0]).all()
+    assert (np.diff(train, axis=0) < 0).mean() > 0.9
     assert (learning_the_cost["converged"] == 1.0).all()
 
 
@@ -179,7 +184,8 @@ def test_the_starts_of_learning():
     assert (starts("cartpole", "sysid")["physics"] == jnp.array([9.8, 3.0, 0.1, 1.0])).all()
     damped = np.asarray(starts("damped pendulum", "mpc.dx")["physics"])
     low, high = np.array([3.5, 0.5, 0.5]), np.array([6.5, 1.5, 1.5])
-    assert (damped > low).all() and (damped < high).all()
+    assert (damped > low).all()
+    assert (damped < high).all()
     np.testing.assert_allclose(damped.min(0), low, atol=0.05)
     np.testing.assert_allclose(damped.max(0), high, atol=0.05)
     assert starts("pendulum", "mpc.cost").keys() == {"logit", "p_hat"}
@@ -244,7 +250,8 @@ def test_the_linear_expert_imitates_itself():
     model = lqr._sample_model(jax.random.key(setting.expert))
     x_init = jax.random.normal(jax.random.key(1), (32, 3))
     tau, converged = lqr._plans(setting, model, jnp.zeros(6), x_init)
-    assert converged.all() and (jnp.abs(tau[..., 3:]) <= 1.0).all()
+    assert converged.all()
+    assert (jnp.abs(tau[..., 3:]) <= 1.0).all()
     assert (jnp.abs(tau[..., 3:]) == 1.0).any(), "no bound is active"
 
 
@@ -288,7 +295,8 @@ def test_all_figures_are_drawn(tmp_path, quick):
             assert (tmp_path / f"{kind.name}.{ending}").stat().st_size > 300
         text = (tmp_path / f"{kind.name}.md").read_text()
         minutes = len(trained)
-        assert f"{minutes:.1f} minutes of one process" in text and "nan" not in text
+        assert f"{minutes:.1f} minutes of one process" in text
+        assert "nan" not in text
     with (tmp_path / "fig4.csv").open() as file:
         rows = list(csv.DictReader(file))
     for setting in figures.Figure4(args).settings():
