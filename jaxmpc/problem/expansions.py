@@ -14,7 +14,7 @@ from jaxmpc.batch import lanes
 from jaxmpc.problem import matrices
 from jaxmpc.problem.problem import Problem, Theta
 from jaxmpc.problem.stages import along, at_end, transition
-from jaxmpc.riccati.point import Rows, z_of
+from jaxmpc.riccati.point import Rows, no_rows, z_of
 from jaxmpc.riccati.rows import add_pull
 
 
@@ -45,6 +45,8 @@ def stage_costs(problem: Problem, theta: Theta, x: Array, u: Array) -> Array:
 
 def constraint_values(problem: Problem, theta: Theta, x: Array, u: Array) -> Rows:
     """The constraint functions along a trajectory."""
+    if not problem.constrained:
+        return no_rows(len(u), x.dtype, x.shape[2:])
     return Rows(
         along(problem.constraint, theta, x[:-1], u),
         at_end(problem.final_constraint, theta, x[-1]),
@@ -95,10 +97,13 @@ def expand(problem: Problem, theta: Theta, x: Array, u: Array) -> Expansion:
     else:
         c_final = at_end(jax.grad(problem.terminal_cost), theta, x[-1])
         C_final = at_end(jax.hessian(problem.terminal_cost), theta, x[-1])
-    G = Rows(
-        along(jax.jacfwd(_of_z(problem.constraint, n)), theta, z),
-        at_end(jax.jacfwd(problem.final_constraint), theta, x[-1]),
-    )
+    # Without rows, G has the shapes of C with no rows.
+    G = Rows(C[:, :0], C_final[:0])
+    if problem.constrained:
+        G = Rows(
+            along(jax.jacfwd(_of_z(problem.constraint, n)), theta, z),
+            at_end(jax.jacfwd(problem.final_constraint), theta, x[-1]),
+        )
     return Expansion(c, C, F, c_final, C_final, G)
 
 

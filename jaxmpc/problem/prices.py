@@ -9,12 +9,11 @@ At a solution a row is inactive, or active: held at g = 0 by its multiplier, or 
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.riccati.point import Rows
-from jaxmpc.riccati.rows import add_squares, largest, total
+from jaxmpc.riccati.rows import add_squares, largest, per_row, total
 
 
 class Prices(NamedTuple):
@@ -45,7 +44,7 @@ def slack_price(g: Rows, prices: Prices) -> Array:
     def paid(g, linear, quadratic):
         return _paid(g, (g > 0) & jnp.isfinite(linear), linear, quadratic)
 
-    return total(jax.tree.map(paid, g, prices.linear, prices.quadratic))
+    return total(per_row(paid, g, prices.linear, prices.quadratic))
 
 
 def row_terms(g, state: RowState, prices: Prices):
@@ -55,26 +54,26 @@ def row_terms(g, state: RowState, prices: Prices):
     def term(g, multiplier, active, beyond, lower, linear, quadratic):
         return jnp.where(active, multiplier * g, _paid(g, beyond, linear, quadratic))
 
-    return jax.tree.map(term, g, *state, *prices)
+    return per_row(term, g, *state, *prices)
 
 
 def slopes(g: Rows, state: RowState, prices: Prices) -> Rows:
     """The derivative of ``row_terms`` in g, which is the multiplier: an unknown of the KKT system
     where the row is active, given by its price where it has slack."""
 
-    def slope(g, multiplier, active, beyond, lower, linear, quadratic):
+    def slope(multiplier, active, beyond, g, lower, linear, quadratic):
         paid = jnp.where(beyond, jnp.where(beyond, linear, 0) + quadratic * g, 0)
         return jnp.where(active, multiplier, paid)
 
-    return jax.tree.map(slope, g, *state, *prices)
+    return per_row(slope, *state, g, *prices)
 
 
 def add_curvature(
     C: Array, C_final: Array, G: Rows, state: RowState, prices: Prices
 ) -> tuple[Array, Array]:
     """C and C_final with the curvature of ``row_terms``: that of the price where there is slack."""
-    weights = jax.tree.map(
-        lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond, prices.quadratic
+    weights = per_row(
+        lambda quadratic, beyond: jnp.where(beyond, quadratic, 0), prices.quadratic, state.beyond
     )
     return add_squares(C, C_final, G, weights)
 
@@ -86,7 +85,7 @@ def largest_violation(g: Rows, prices: Prices) -> Array:
         over = jnp.where(lower < 0, jnp.abs(g), jnp.maximum(g, 0))
         return jnp.where(jnp.isfinite(linear), 0, over)
 
-    return largest(jax.tree.map(broken, g, prices.lower, prices.linear))
+    return largest(per_row(broken, g, prices.lower, prices.linear))
 
 
 def margins(g: Rows, state: RowState, prices: Prices) -> tuple[Array, Array]:
@@ -100,8 +99,8 @@ def margins(g: Rows, state: RowState, prices: Prices) -> tuple[Array, Array]:
     def of_value(g, active):
         return -jnp.where(active, jnp.inf, jnp.abs(g))
 
-    multipliers = jax.tree.map(
+    multipliers = per_row(
         of_multiplier, state.multiplier, state.active, prices.lower, prices.linear
     )
-    values = jax.tree.map(of_value, g, state.active)
+    values = per_row(of_value, g, state.active)
     return -largest(multipliers, -jnp.inf), -largest(values, -jnp.inf)

@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.point import Point, Rhs, Rows, no_rows, z_of
-from jaxmpc.riccati.rows import add_pull, add_squares, along_rows
+from jaxmpc.riccati.rows import add_pull, add_squares, along_rows, per_row
 from jaxmpc.riccati.sequential import Factors
 
 _MAX_CORRECTIONS = 50
@@ -62,7 +62,9 @@ def no_active_rows(F: Array) -> ActiveRows:
 
 def penalised(C: Array, C_final: Array, rows: ActiveRows) -> tuple[Array, Array]:
     """C + ρ GᵀG of the active rows, which the factors are of."""
-    weights = jax.tree.map(lambda active: jnp.where(active, rows.rho, 0), rows.active)
+    weights = per_row(
+        lambda active: jnp.where(active, rows.rho, 0), rows.active, dtype=rows.rho.dtype
+    )
     return add_squares(C, C_final, rows.G, weights)
 
 
@@ -77,7 +79,7 @@ def residual(system: System, point: Point, rhs: Rhs) -> Rhs:
     c = matvec(C, z) + rhs.c + matvec_t(F, costate[1:])
     c_final = lanes.matvec(C_final, x[-1]) + rhs.c_final - costate[-1]
     c, c_final = add_pull(c, c_final, rows.G, _masked(multiplier, rows.active))
-    g = _masked(jax.tree.map(jnp.add, along_rows(rows.G, x, u), rhs.g), rows.active)
+    g = _masked(per_row(jnp.add, along_rows(rows.G, x, u), rhs.g), rows.active)
     return Rhs(
         x_init=rhs.x_init - x[0],
         c=c.at[:, :n].add(-costate[:-1]),
@@ -88,7 +90,7 @@ def residual(system: System, point: Point, rhs: Rhs) -> Rhs:
 
 
 def _masked(of_rows: Rows, active: Rows) -> Rows:
-    return jax.tree.map(lambda a, active: jnp.where(active, a, 0), of_rows, active)
+    return per_row(lambda a, active: jnp.where(active, a, 0), of_rows, active)
 
 
 @lanes.any_rank

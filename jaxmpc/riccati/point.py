@@ -25,8 +25,9 @@ class Rows(NamedTuple):
         return self.stage.shape[1] + self.final.shape[0]
 
 
-def no_rows(T: int, dtype) -> Rows:
-    return Rows(jnp.zeros((T, 0), dtype), jnp.zeros(0, dtype))
+def no_rows(T: int, dtype, batch: tuple[int, ...] = ()) -> Rows:
+    """Those of a problem without constraints, or of a batch of them."""
+    return Rows(jnp.zeros((T, 0, *batch), dtype), jnp.zeros((0, *batch), dtype))
 
 
 class Rhs(NamedTuple):

@@ -39,7 +39,6 @@ def quadratic_form(C, F, V):
 
 def value_hessian(Q, K, n):
     """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
-
     half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
     S = lanes.materialize(lambda Q, K, half: Q[:n, :n] * 0.5 + lanes.matmul_t(half, K), Q, K, half)
     return lanes.materialize(lambda S: S + lanes.transpose(S), S)

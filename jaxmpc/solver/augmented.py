@@ -30,7 +30,7 @@ from jaxmpc.problem.expansions import Expansion
 from jaxmpc.problem.prices import Prices, RowState
 from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.point import Rows
-from jaxmpc.riccati.rows import along_rows, largest
+from jaxmpc.riccati.rows import along_rows, largest, per_row
 from jaxmpc.solver.box_qp import clamped
 
 _FIRST = 10.0  # ρ to begin with, relative to the curvature of the cost
@@ -72,6 +72,8 @@ def begin(penalty: Penalty, expansion: Expansion) -> tuple[Penalty, tuple[Array,
 def _stiffness(expansion: Expansion) -> Array:
     """The curvature of the cost in the direction of the row that it resists least: 1 / Gᵀ C⁻¹ G,
     with the largest entries of states and of controls for C."""
+    if not expansion.G.num:
+        return jnp.ones_like(expansion.c_final[0])
     n = expansion.c_final.shape[0]
     diagonal = jnp.abs(jax.vmap(lanes.diagonal)(expansion.C))
     final = jnp.max(jnp.abs(lanes.diagonal(expansion.C_final)), axis=0)
@@ -118,7 +120,7 @@ def follow(ahead: RowState, g: Rows, penalty: Penalty) -> Penalty:
     def shifted(g, mu, nu, active):
         return jnp.where(active, nu - penalty.rho * g, mu)
 
-    return penalty._replace(mu=jax.tree.map(shifted, g, penalty.mu, ahead.multiplier, ahead.active))
+    return penalty._replace(mu=per_row(shifted, g, penalty.mu, ahead.multiplier, ahead.active))
 
 
 def drowned(residual: Array, penalty: Penalty, expansion: Expansion, size: Array) -> Array:
@@ -136,7 +138,7 @@ def values(g: Rows, penalty: Penalty, prices: Prices) -> Rows:
         conjugate = 0.5 * quadratic * beyond**2
         return nu * g - conjugate - 0.5 * (nu - mu) ** 2 / penalty.rho
 
-    return jax.tree.map(psi, g, penalty.mu, *prices)
+    return per_row(psi, g, penalty.mu, *prices)
 
 
 def _multiplier(g, mu, rho, lower, linear, quadratic):
@@ -151,10 +153,10 @@ def state(g: Rows, penalty: Penalty, prices: Prices) -> RowState:
 
 
 def _pieces(g: Rows, penalty: Penalty, prices: Prices) -> tuple[Rows, Rows]:
-    shifted = jax.tree.map(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
-    beyond = jax.tree.map(jnp.greater, shifted, prices.linear)
-    above = jax.tree.map(jnp.greater, shifted, prices.lower)
-    return jax.tree.map(lambda a, b: a & ~b, above, beyond), beyond
+    shifted = per_row(lambda g, mu: mu + penalty.rho * g, g, penalty.mu)
+    beyond = per_row(jnp.greater, shifted, prices.linear, dtype=bool)
+    above = per_row(jnp.greater, shifted, prices.lower, dtype=bool)
+    return per_row(lambda a, b: a & ~b, above, beyond), beyond
 
 
 def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: Rows) -> RowState:
@@ -169,7 +171,7 @@ def on_pieces(g: Rows, penalty: Penalty, prices: Prices, active: Rows, beyond: R
             active, shifted, jnp.where(beyond, with_slack, jnp.where(lower < 0, shifted, 0))
         )
 
-    return RowState(jax.tree.map(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
+    return RowState(per_row(slope, g, penalty.mu, active, beyond, *prices), active, beyond)
 
 
 def weights(state: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
@@ -180,21 +182,19 @@ def weights(state: RowState, rho: Array, prices: Prices, exact: Array) -> Rows:
         with_slack = jnp.where(exact, quadratic, rho * quadratic / (rho + quadratic))
         return jnp.where(active, rho, jnp.where(beyond, with_slack, 0))
 
-    return jax.tree.map(weight, state.active, state.beyond, prices.quadratic)
+    return per_row(weight, state.active, state.beyond, prices.quadratic, dtype=rho.dtype)
 
 
 def gap(state: RowState, penalty: Penalty) -> Array:
     """How far the rows are from feasible and complementary, in the units of g: |ν − μ| / ρ, which
     is |g| where a row is active."""
-    moved = jax.tree.map(
-        lambda nu, mu: jnp.abs(nu - mu) / penalty.rho, state.multiplier, penalty.mu
-    )
+    moved = per_row(lambda nu, mu: jnp.abs(nu - mu) / penalty.rho, state.multiplier, penalty.mu)
     return largest(moved)
 
 
 def size(G: Rows, x: Array, u: Array) -> Array:
     """The largest Σ_j |G_ij z_j| of a row, whose rounding it cannot be without."""
-    return largest(along_rows(jax.tree.map(jnp.abs, G), jnp.abs(x), jnp.abs(u)))
+    return largest(along_rows(per_row(jnp.abs, G), jnp.abs(x), jnp.abs(u)))
 
 
 def hopeless(
