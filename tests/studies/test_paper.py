@@ -2,17 +2,20 @@
 
 import argparse
 import csv
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting import counting
 
 from bench.paper import figures, imitation, lqr, lstm, trials
 from bench.paper.imitation import Setting
@@ -58,6 +61,21 @@ def undisturbed(tmp_path_factory):
     assert (folder / "out" / "fig3.png").stat().st_size > 1000
     assert (folder / "out" / "fig3.md").read_text() in text
     return folder, (folder / "out" / "fig3.csv").read_bytes()
+
+
+def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # `train` adds to them
+    plans = {"only": functools.partial(counting, tmp_path)}
+    train = functools.partial(
+        trials.train, plans, tmp_path / "runs", "counting", jobs=1, save_every=0
+    )
+    (tmp_path / "kill").touch()
+    with pytest.raises(BrokenProcessPool):
+        train()
+    trained = train()["only"]
+    np.testing.assert_array_equal(trained.curves["x"][:, 0], 2.0 ** np.arange(1, 7) - 1)
+    begun = (tmp_path / "begun").read_text().split()
+    assert [epoch for epoch in begun if epoch != "0"] == ["1", "2", "3", "4", "5"]  # each once
 
 
 @pytest.mark.slow
