@@ -17,8 +17,8 @@ from jaxmpc.systems import pendulum
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SIZES = [
     (2, 3, 1),
-    (3, 2, 2),
-    (2, 1, 3),
+    slow((3, 2, 2)),
+    slow((2, 1, 3)),
     (2, 3, 5),
     slow((8, 4, 64)),
     (2, 1, 1000),

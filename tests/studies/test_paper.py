@@ -263,6 +263,7 @@ def test_the_lstm():
             y = layers("embed_u", np.asarray(u))
 
 
+@pytest.mark.slow
 def test_the_linear_expert_imitates_itself():
     setting = lqr.Setting()
     model = lqr._sample_model(jax.random.key(setting.expert))

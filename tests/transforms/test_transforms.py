@@ -57,7 +57,7 @@ def test_vmap_of_grad(f, reference):
     assert_close((values, grads), reference, 1e-9)
 
 
-@pytest.mark.parametrize("f", [loss, closed_over])
+@pytest.mark.parametrize("f", [pytest.param(loss, marks=pytest.mark.slow), closed_over])
 def test_grad_of_vmap(f, reference):
     total = jax.jit(jax.grad(lambda g: jnp.sum(jax.vmap(f, (None, 0))(g, starts(6)))))
     assert_close(total(10.0), jnp.sum(reference[1]), 1e-9)
