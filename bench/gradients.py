@@ -203,7 +203,7 @@ def _newton_matrix(u, free, *problem):
     """∇²_uu J on the free controls and the identity on the others, [T, T]."""
     hessian = jax.hessian(_objective)(u, *problem).reshape(u.size, u.size)
     free = free.ravel()
-    return jnp.where(free[:, None] & free, hessian, jnp.eye(u.size))
+    return jnp.where(jnp.outer(free, free), hessian, jnp.eye(u.size))
 
 
 @jax.jit
