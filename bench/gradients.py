@@ -248,5 +248,6 @@ def _differences(u, free, physics, x_init, loss, control_weight):
         return jnp.vdot(loss, again), jnp.max(jnp.abs(projected - again))
 
     shifts = jnp.diag(steps)
-    values, residuals = jax.vmap(solve_again)(physics + jnp.concatenate([shifts, -shifts]))
+    moved = jax.vmap(lambda shift: solve_again(physics + shift))
+    values, residuals = moved(jnp.concatenate([shifts, -shifts]))
     return (values[:3] - values[3:]) / (2.0 * steps), jnp.max(residuals)
