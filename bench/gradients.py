@@ -203,7 +203,7 @@ def _newton_matrix(u, free, *problem):
     """∇²_uu J on the free controls and the identity on the others, [T, T]."""
     hessian = jax.hessian(_objective)(u, *problem).reshape(u.size, u.size)
     free = free.ravel()
-    return jnp.where(free[:, None] & free, hessian, jnp.eye(u.size))
+    return jnp.where(jnp.outer(free, free), hessian, jnp.eye(u.size))
 
 
 @jax.jit
@@ -248,5 +248,6 @@ def _differences(u, free, physics, x_init, loss, control_weight):
         return jnp.vdot(loss, again), jnp.max(jnp.abs(projected - again))
 
     shifts = jnp.diag(steps)
-    values, residuals = jax.vmap(solve_again)(physics + jnp.concatenate([shifts, -shifts]))
+    moved = jax.vmap(lambda shift: solve_again(physics + shift))
+    values, residuals = moved(jnp.concatenate([shifts, -shifts]))
     return (values[:3] - values[3:]) / (2.0 * steps), jnp.max(residuals)

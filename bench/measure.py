@@ -133,12 +133,11 @@ def judge(
         final = 0.0 if terminal_cost is None else terminal_cost(x_final, params)
         return jnp.sum(costs) + final
 
-    value_and_slope = jax.vmap(jax.value_and_grad(objective), in_axes=(0, 0, params_axis))
+    def one(u, x_init, params, lower, upper):
+        value, slope = jax.value_and_grad(objective)(u, x_init, params)
+        return value, jnp.max(jnp.abs(jnp.clip(u - slope, lower, upper) - u))
 
-    @jax.jit
-    def evaluate(u, x_init, params, lower, upper):
-        values, slopes = value_and_slope(u, x_init, params)
-        return values, jnp.max(jnp.abs(jnp.clip(u - slopes, lower, upper) - u), axis=(1, 2))
+    evaluate = jax.jit(jax.vmap(one, in_axes=(0, 0, params_axis, None, None)))
 
     def verdict(u):
         with jax.enable_x64(True):

@@ -20,7 +20,7 @@ from jaxmpc.solver.assessment import assess, tolerances
 from jaxmpc.solver.backward import Box, backward_pass
 from jaxmpc.solver.box_qp import box_qp, clamped
 from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
-from jaxmpc.solver.line_search import Step, apply, line_search
+from jaxmpc.solver.line_search import Step, line_search, take_step
 from jaxmpc.types import Options, Solution, Status
 
 
@@ -97,7 +97,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
         noise = lax.stop_gradient(rounding(at, first.costate, data.prices))
         _, length = line_search(problem, *constant, no, yes, noise, decay)
         alpha = jnp.where(length.accepted, length.alpha, 0)
-        return apply(problem, data, at, step, alpha), None
+        return take_step(problem, data, at, step, alpha), None
 
     start = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
     at, _ = lax.scan(improve, start, length=num_iterations)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmpc.batch import lanes
+
 # The share of lanes that may stand idle before new problems come in, all at once, for that
 # costs a rollout, a gather and a scatter whoever comes.
 _IDLE = 4
@@ -40,7 +42,7 @@ def in_turns(size: int, width: int, take, start, step, running, report):
         upcoming = jnp.minimum(upcoming + jnp.sum(vacant, dtype=jnp.int32), size)
         data = take(jnp.minimum(index, size - 1))
         fresh = start(data, index < size)
-        state = jax.tree.map(lambda a, b: jnp.where(vacant, a, b), fresh, state)
+        state = lanes.select(vacant, fresh, state)
 
         least = jnp.where(upcoming < size, width - width // _IDLE, 0)
         state = lax.while_loop(

@@ -1,4 +1,4 @@
-"""Arithmetic on rows, and with their Jacobians G: what a plan makes of the rows, and G's part in the
+"""Arithmetic on rows, and with their Jacobians G: what a plan makes of rows, and G in the
 stationarity.
 
 Where there are no rows nothing is traced: compiling takes time, be it of arrays of size zero.

@@ -34,7 +34,7 @@ class Length(NamedTuple):
     hopeless: Array  # if it failed: a shorter step would not succeed either
 
 
-def apply(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
+def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
     """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
     transit, stages = transition(problem, data.theta, at.u)
 
@@ -85,7 +85,7 @@ def line_search(
         pair = (tries // 2).astype(noise.dtype)
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
-        new = apply(problem, data, at, step, alpha)
+        new = take_step(problem, data, at, step, alpha)
         change = jnp.sum(merits(new, data.prices) - merit, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
