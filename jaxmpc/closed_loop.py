@@ -12,19 +12,31 @@ from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.constraints import KINDS, named_multipliers
 from jaxmpc.problem.trace import trace
-from jaxmpc.types import Constraints, Episode, Multipliers, Options, Status
+from jaxmpc.types import (
+    Constraints,
+    Cost,
+    Dynamics,
+    Episode,
+    Multipliers,
+    Options,
+    Status,
+    TerminalCost,
+)
+
+# The state of the plant, the plan, the control before, and the multipliers of the last plan.
+_Carry = tuple[Array, Array, Array, Multipliers | None]
 
 
 def receding_horizon(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
     num_steps: int,
-    plant=None,
-    terminal_cost=None,
+    plant: Dynamics | None = None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -78,7 +90,7 @@ def receding_horizon(
     )  # fmt: skip
     dtype, n = data.x_init.dtype, problem.num_states
 
-    def step(carry, k):
+    def step(carry: _Carry, k: Array) -> tuple[_Carry, tuple[Array, ...]]:
         x, plan, previous, multipliers = carry
         solution = mpc_solve(
             lambda x, u, i, params: cost(x, u, k + i, params),
@@ -112,7 +124,7 @@ def receding_horizon(
         )
 
     @jax.jit
-    def run(x, plan, previous, multipliers):
+    def run(x: Array, plan: Array, previous: Array, multipliers: Multipliers | None) -> Episode:
         start = x, plan, previous, multipliers
         (x_final, *_), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
@@ -122,7 +134,8 @@ def receding_horizon(
         multipliers = lax.stop_gradient(named_multipliers(problem, data.multipliers))
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
-    return run(data.x_init[:n], data.u_init, previous, multipliers)
+    episode: Episode = run(data.x_init[:n], data.u_init, previous, multipliers)
+    return episode
 
 
 def _at(

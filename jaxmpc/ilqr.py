@@ -1,6 +1,6 @@
 """Control-limited differential dynamic programming: the forward solver alone (Algorithm 2)."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import lax
@@ -10,7 +10,7 @@ from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.problem import Data
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
-from jaxmpc.types import Constraints, Options, Solution
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
 @jax.custom_vjp
@@ -19,7 +19,7 @@ def _not_differentiable(solution: Solution, data: Data) -> Solution:
     return solution
 
 
-def _not_differentiable_bwd(_, cotangent):
+def _not_differentiable_bwd(_: None, cotangent: Solution) -> NoReturn:
     raise TypeError(
         "ilqr_box is the forward solver alone and not differentiable in reverse mode: use "
         "jaxmpc.mpc_solve, which takes the same arguments, or jax.lax.stop_gradient its result"
@@ -30,13 +30,13 @@ _not_differentiable.defvjp(lambda solution, data: (solution, None), _not_differe
 
 
 def ilqr_box(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,

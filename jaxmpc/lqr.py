@@ -14,6 +14,8 @@ from jaxmpc.riccati.constrained import System, no_active_rows
 from jaxmpc.riccati.point import Point, Rhs, no_rows
 from jaxmpc.types import LQRSolution, RiccatiMethod
 
+_Gains = tuple[Array, Array]  # K and k
+
 
 def lqr_solve(
     x_init: ArrayLike,
@@ -79,18 +81,20 @@ def lqr_solve(
 
 
 def _with_derivatives(
-    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: tuple[Array, Array]
-) -> tuple[Point, tuple[Array, Array]]:
+    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: _Gains
+) -> tuple[Point, _Gains]:
     """The plan, which moves as that of ``kkt_solve``, and the gains, which move as those of the
     recursion: both were found from constants."""
 
-    def pull_plan(cotangent, point, system, rhs):
+    def pull_plan(cotangent: Point, point: Point, system: System, rhs: Rhs) -> tuple[System, Rhs]:
         return kkt.solve_cotangents(method, (system, point), cotangent)
 
-    def pull_gains(cotangent, gains, system, rhs):
+    def pull_gains(
+        cotangent: _Gains, gains: _Gains, system: System, rhs: Rhs
+    ) -> tuple[System, Rhs]:
         factorize, substitute = method.recursion
 
-        def recursion(C, F, C_final, rhs):
+        def recursion(C: Array, F: Array, C_final: Array, rhs: Rhs) -> _Gains:
             factors = factorize(C, F, C_final, system.free)
             return factors.K, substitute(factors, F, rhs)[1]
 

@@ -9,17 +9,17 @@ from jaxmpc.derivative.implicit import differentiable
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
-from jaxmpc.types import Constraints, Options, Solution
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
 def mpc_solve(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,

@@ -11,6 +11,15 @@ from jax.typing import ArrayLike
 
 RiccatiMethod = Literal["auto", "sequential", "parallel"]
 
+# The user's functions, of (x [n], u [m], t, params); those of the end, of (x [n], params). Params
+# are whatever pytree the user passes, and t is an int32 scalar. ``Quadratic`` is a Cost and a
+# TerminalCost as well, and ``Affine`` is a Dynamics.
+Cost = Callable[[Array, Array, Any, Any], Array]  # -> scalar
+TerminalCost = Callable[[Array, Any], Array]  # -> scalar
+Dynamics = Callable[[Array, Array, Any, Any], Array]  # -> the next state, [n]
+Constraint = Callable[[Array, Array, Any, Any], Array]  # -> one entry for each row
+TerminalConstraint = Callable[[Array, Any], Array]
+
 
 class Status(enum.IntEnum):
     """How one problem ended. In a batch, ``solution.status`` holds one per problem.
@@ -170,10 +179,10 @@ class Constraints:
     alone that x_init violates cannot be met.
     """
 
-    inequality: Callable | None = _function()
-    equality: Callable | None = _function()
-    terminal_inequality: Callable | None = _function()
-    terminal_equality: Callable | None = _function()
+    inequality: Constraint | None = _function()
+    equality: Constraint | None = _function()
+    terminal_inequality: TerminalConstraint | None = _function()
+    terminal_equality: TerminalConstraint | None = _function()
     slack: Slack | None = None
     terminal_slack: Slack | None = None
     rate: Rate | None = None

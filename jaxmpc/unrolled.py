@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
@@ -21,18 +21,18 @@ from jaxmpc.solver.backward import Box, backward_pass
 from jaxmpc.solver.box_qp import box_qp, clamped
 from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
 from jaxmpc.solver.line_search import Step, apply, line_search
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Cost, Dynamics, Options, Solution, Status, TerminalCost
 
 
 def ilqr_unrolled(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
     num_iterations: int,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     options: Options = Options(),
@@ -82,7 +82,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
 
     none = data.multipliers  # there are no rows
 
-    def improve(at: Iterate, _):
+    def improve(at: Iterate, nothing: None) -> tuple[Iterate, None]:
         u, x = at.u, at.x
         expanded = expand(problem, data.theta, x, u)
         first = first_order(expanded, none)
@@ -133,7 +133,9 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
     )
 
 
-def _differentiable_box_qp(Q, q, lower, upper, scale):
+def _differentiable_box_qp(
+    Q: Array, q: Array, lower: Array, upper: Array, scale: Array
+) -> tuple[Array, Array, Array]:
     """``box_qp`` with a differentiable minimiser: its free set is constant (eq. 18)."""
     d, _, free = box_qp(*lax.stop_gradient((Q, q, lower, upper, scale)))
     held = jnp.where(free, 0, jnp.where(d <= lower, lower, upper))

@@ -5,6 +5,7 @@ others, but the solver need not differentiate them: their expansions are the mat
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class Quadratic:
     C: ArrayLike
     c: ArrayLike | None = None
 
-    def __call__(self, x: Array, *rest):
+    def __call__(self, x: Array, *rest: Any) -> Array:
         """As cost(x, u, t, params), or as terminal_cost(x, params)."""
         if len(rest) == 1:
             C, c, z = self.C, self.c, x
@@ -61,7 +62,7 @@ class Affine:
     F: ArrayLike
     f: ArrayLike | None = None
 
-    def __call__(self, x: Array, u: Array, t, params) -> Array:
+    def __call__(self, x: Array, u: Array, t: Any, params: Any) -> Array:
         x_next = jnp.asarray(at_stage(self.F, 2, t)) @ jnp.concatenate([x, u])
         return x_next if self.f is None else x_next + jnp.asarray(at_stage(self.f, 1, t))
 
@@ -113,7 +114,7 @@ def _shared(theta: Theta, array: Array, rank: int) -> bool:
     return array.ndim == rank + len(theta.lanes)
 
 
-def _per_stage(theta: Theta, fn, given: Any, z: Array) -> Array:
+def _per_stage(theta: Theta, fn: Callable, given: Any, z: Array) -> Array:
     """``fn(C_t, c_t, z_t)`` at every stage."""
     pairs = ((given.C, 2), (given.c, 1))
     axes = (None if _shared(theta, array, rank) else 0 for array, rank in pairs)
