@@ -85,6 +85,22 @@ def certify(
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Quadratic, certify, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> bounds = dict(u_lower=-0.5, u_upper=0.5)
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, **bounds)
+      >>> certificate = certify(cost, dynamics, x_init, solution, **bounds)
+      >>> bool(certificate.kkt_residual < 1e-5), bool(certificate.curvature > 0)
+      (True, True)
+      >>> round(float(certificate.multiplier), 3)  # of the one control that is clamped
+      0.022
+      >>> round(float(certificate.slack), 3)  # how near to a bound the others come
+      0.397
+
     Source: the conditions of the implicit function theorem for a program with bounds: Fiacco 1976,
     Sensitivity analysis for nonlinear programming using penalty methods, Theorem 2.1.
     """

@@ -79,6 +79,23 @@ def receding_horizon(
       TypeError, ValueError: as ``mpc_solve``; ``num_steps`` is not an int of at least 1; the plant
         returns another shape than [n].
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import Status, receding_horizon
+      >>> episode = receding_horizon(cost, dynamics, x_init, u_init, weights, num_steps=20)
+      >>> episode.x.shape, episode.u.shape
+      ((21, 2), (20, 1))
+      >>> bool(jnp.all(episode.status == Status.CONVERGED))
+      True
+      >>> bool(jnp.all(jnp.abs(episode.x[-1]) < 0.01))  # the cart rests at 0
+      True
+
     Source: Amos et al. 2018 (arXiv:1810.13400), section 2 (receding-horizon use of eq. 1).
     """
     validation.check_count("num_steps", num_steps, least=1)

@@ -117,6 +117,21 @@ def check_gradients(
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import check_gradients
+      >>> report = check_gradients(cost, dynamics, x_init, u_init, weights, u_lower=-0.5)
+      >>> report.ok
+      True
+      >>> [check.name for check in report.checks]
+      ['params', 'u_lower', 'x_init']
     """
     inputs: dict[str, Any] = dict(x_init=jnp.asarray(x_init), params=params)
     x_checked, u_checked, lower, upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)

@@ -67,6 +67,19 @@ def ilqr_box(
     quadratic in pieces; where guessing the pieces that the rows will be on comes to no end, an
     interior-point method finds the step.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import ilqr_box
+      >>> solution = ilqr_box(cost, dynamics, x_init, u_init, weights, u_lower=-0.5, u_upper=0.5)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.5  -0.1   0.08  0.1 ]
+
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
     """

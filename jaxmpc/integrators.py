@@ -52,6 +52,15 @@ def euler(ode: Ode, dt: ArrayLike) -> Dynamics:
         ValueError: dt is not a scalar, or not positive and finite (checked where it is concrete);
             when the dynamics is called, the ode returns another shape than that of x.
         TypeError: dt is not a real number, or ode is not a callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a cart: position and velocity
+        ...     return jnp.stack([x[1], u[0]])
+        >>> dynamics = integrators.euler(ode, dt=0.5)
+        >>> print(dynamics(jnp.zeros(2), jnp.ones(1), 0, None))
+        [0.  0.5]
     """
     slope, dt = _checked(ode, dt)
 
@@ -68,6 +77,15 @@ def rk4(ode: Ode, dt: ArrayLike) -> Dynamics:
         x⁺ = x + dt/6 (k₁ + 2 k₂ + 2 k₃ + k₄)
 
     with u, t and params the same in all four. Arguments, result and errors are those of `euler`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a cart: position and velocity
+        ...     return jnp.stack([x[1], u[0]])
+        >>> dynamics = integrators.rk4(ode, dt=0.5)
+        >>> print(jnp.array_str(dynamics(jnp.zeros(2), jnp.ones(1), 0, None), precision=3))
+        [0.125 0.5  ]
 
     Source: Hairer, Nørsett and Wanner 1993, Solving Ordinary Differential Equations I, II.1.
     """
@@ -96,6 +114,18 @@ def implicit_midpoint(ode: Ode, dt: ArrayLike) -> Dynamics:
     those of the equation itself, by the implicit function theorem (`lax.custom_root`).
 
     Arguments, result and errors are those of `euler`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a mass on a spring
+        ...     return jnp.stack([x[1], u[0] - x[0]])
+        >>> dynamics = integrators.implicit_midpoint(ode, dt=0.5)
+        >>> x = dynamics(jnp.array([1.0, 0.0]), jnp.zeros(1), 0, None)
+        >>> print(jnp.array_str(x, precision=2))
+        [ 0.88 -0.47]
+        >>> round(float(x @ x), 3)  # the energy stays what it was
+        1.0
 
     Source: Hairer, Lubich and Wanner 2006, Geometric Numerical Integration, II.1 and IV.2.
     """

@@ -64,6 +64,17 @@ def lqr_solve(
       TypeError: an argument is not real floating-point (``free``: not boolean).
       ValueError: a shape does not fit the others, or ``method`` is none of the above.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import lqr_solve
+      >>> F = jnp.tile(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]), (5, 1, 1))  # a cart
+      >>> C, c = jnp.tile(jnp.eye(3), (5, 1, 1)), jnp.zeros((5, 3))
+      >>> solution = lqr_solve(jnp.array([1.0, 0.0]), C, c, F)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.51 -0.09  0.09  0.1 ]
+      >>> print(jnp.array_str(solution.K[0], precision=2))
+      [[-0.51 -1.28]]
+
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 1 and Module 1, extended by the terminal
     cost and the mask. The parallel method: Särkkä and García-Fernández 2023 (arXiv:2104.03186).
     """

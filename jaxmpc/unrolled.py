@@ -62,6 +62,19 @@ def ilqr_unrolled(
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``; ``num_iterations`` is not an int of at least 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import ilqr_unrolled
+      >>> solution = ilqr_unrolled(cost, dynamics, x_init, u_init, weights, num_iterations=3)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.51 -0.09  0.09  0.1 ]
     """
     validation.check_count("num_iterations", num_iterations, least=0)
     problem, data, options = trace(

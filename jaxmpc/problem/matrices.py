@@ -30,6 +30,16 @@ class Quadratic:
 
     Solutions are differentiable in both, as in whatever a cost closes over. Under ``jax.vmap``
     they may have the batch's axis or be shared.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Quadratic, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, u_lower=-0.5, u_upper=0.5)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.5  -0.1   0.08  0.1 ]
     """
 
     C: ArrayLike
@@ -57,6 +67,13 @@ class Affine:
       f: [T, n] or [n]; 0 by default.
 
     Solutions are differentiable in both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> print(dynamics(jnp.array([1.0, 2.0]), jnp.array([3.0]), 0, None))
+      [2.  3.5]
     """
 
     F: ArrayLike
