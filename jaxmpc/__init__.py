@@ -1,5 +1,7 @@
 """Differentiable model predictive control for JAX."""
 
+from importlib import metadata
+
 from jaxmpc.certificate import Certificate, certify
 from jaxmpc.closed_loop import receding_horizon
 from jaxmpc.gradient_check import GradientReport, check_gradients
@@ -44,3 +46,8 @@ __all__ = [
     "receding_horizon",
     "summarize",
 ]
+
+try:
+    __version__ = metadata.version("jaxmpc")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"

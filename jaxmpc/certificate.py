@@ -1,6 +1,7 @@
 """How far to trust a plan and its gradient: numbers for each problem."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxmpc.riccati.rows import add_pull
 from jaxmpc.solver import augmented
 from jaxmpc.solver.assessment import assess
 from jaxmpc.solver.iterate import new_iterate
-from jaxmpc.types import Constraints, Solution
+from jaxmpc.types import Constraints, Cost, Dynamics, Solution, TerminalCost
 
 _INVERSE_ITERATIONS = 30
 
@@ -63,13 +64,13 @@ class Certificate:
 
 
 def certify(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     solution: Solution,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -84,6 +85,22 @@ def certify(
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Quadratic, certify, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> bounds = dict(u_lower=-0.5, u_upper=0.5)
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, **bounds)
+      >>> certificate = certify(cost, dynamics, x_init, solution, **bounds)
+      >>> bool(certificate.kkt_residual < 1e-5), bool(certificate.curvature > 0)
+      (True, True)
+      >>> round(float(certificate.multiplier), 3)  # of the one control that is clamped
+      0.022
+      >>> round(float(certificate.slack), 3)  # how near to a bound the others come
+      0.397
+
     Source: the conditions of the implicit function theorem for a program with bounds: Fiacco 1976,
     Sensitivity analysis for nonlinear programming using penalty methods, Theorem 2.1.
     """
@@ -93,7 +110,8 @@ def certify(
         cost, dynamics, x_init, solution.u, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, constraints=constraints,
     )  # fmt: skip
-    return jax.jit(_certify, static_argnums=0)(problem, lax.stop_gradient(data))
+    run: Callable[[Problem, Data], Certificate] = jax.jit(_certify, static_argnums=0)
+    return run(problem, lax.stop_gradient(data))
 
 
 def _certify(problem: Problem, data: Data) -> Certificate:
@@ -132,12 +150,12 @@ def _smallest_curvature(system: System, u: Array) -> Array:
     n = C_final.shape[0]
     rest, none = jnp.zeros(n, u.dtype), _none(rows)
 
-    def inverse(b):
+    def inverse(b: Array) -> Array:
         c = jnp.zeros(H.shape[:2], u.dtype).at[:, n:].set(-b)
         rhs = Rhs(x_init=rest, c=c, f=jnp.zeros(F.shape[:2], u.dtype), c_final=rest, g=none)
         return kkt_solve(SEQUENTIAL, system, rhs).u
 
-    def unit(v):
+    def unit(v: Array) -> Array:
         return v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(u.dtype).tiny)
 
     start = jax.random.normal(jax.random.key(0), u.shape, u.dtype)
@@ -152,7 +170,8 @@ def _smallest_curvature(system: System, u: Array) -> Array:
 
 def _none(rows: ActiveRows) -> Rows:
     """A right-hand side of 0 for every row."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
+    none: Rows = jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
+    return none
 
 
 def _adjoint_residual(system: System, x: Array, u: Array) -> Array:
@@ -175,6 +194,6 @@ def _adjoint_residual(system: System, x: Array, u: Array) -> Array:
     return _largest(left) / _largest(terms)
 
 
-def _largest(tree) -> Array:
+def _largest(tree: Any) -> Array:
     sizes = [jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(tree)]
     return jnp.max(jnp.stack(sizes))

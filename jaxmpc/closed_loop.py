@@ -12,19 +12,31 @@ from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.constraints import KINDS, named_multipliers
 from jaxmpc.problem.trace import trace
-from jaxmpc.types import Constraints, Episode, Multipliers, Options, Status
+from jaxmpc.types import (
+    Constraints,
+    Cost,
+    Dynamics,
+    Episode,
+    Multipliers,
+    Options,
+    Status,
+    TerminalCost,
+)
+
+# The state of the plant, the plan, the control before, and the multipliers of the last plan.
+_Carry = tuple[Array, Array, Array, Multipliers | None]
 
 
 def receding_horizon(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
     num_steps: int,
-    plant=None,
-    terminal_cost=None,
+    plant: Dynamics | None = None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -67,6 +79,23 @@ def receding_horizon(
       TypeError, ValueError: as ``mpc_solve``; ``num_steps`` is not an int of at least 1; the plant
         returns another shape than [n].
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import Status, receding_horizon
+      >>> episode = receding_horizon(cost, dynamics, x_init, u_init, weights, num_steps=20)
+      >>> episode.x.shape, episode.u.shape
+      ((21, 2), (20, 1))
+      >>> bool(jnp.all(episode.status == Status.CONVERGED))
+      True
+      >>> bool(jnp.all(jnp.abs(episode.x[-1]) < 0.01))  # the cart rests at 0
+      True
+
     Source: Amos et al. 2018 (arXiv:1810.13400), section 2 (receding-horizon use of eq. 1).
     """
     validation.check_count("num_steps", num_steps, least=1)
@@ -78,7 +107,7 @@ def receding_horizon(
     )  # fmt: skip
     dtype, n = data.x_init.dtype, problem.num_states
 
-    def step(carry, k):
+    def step(carry: _Carry, k: Array) -> tuple[_Carry, tuple[Array, ...]]:
         x, plan, previous, multipliers = carry
         solution = mpc_solve(
             lambda x, u, i, params: cost(x, u, k + i, params),
@@ -112,7 +141,7 @@ def receding_horizon(
         )
 
     @jax.jit
-    def run(x, plan, previous, multipliers):
+    def run(x: Array, plan: Array, previous: Array, multipliers: Multipliers | None) -> Episode:
         start = x, plan, previous, multipliers
         (x_final, *_), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
@@ -122,7 +151,8 @@ def receding_horizon(
         multipliers = lax.stop_gradient(named_multipliers(problem, data.multipliers))
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
-    return run(data.x_init[:n], data.u_init, previous, multipliers)
+    episode: Episode = run(data.x_init[:n], data.u_init, previous, multipliers)
+    return episode
 
 
 def _at(

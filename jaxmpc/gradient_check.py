@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.batch import lanes
 from jaxmpc.certificate import Certificate, certify
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.types import Constraints, Options, Status
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, Status, TerminalCost
 
 _ROUNDINGS = 1e3  # of the loss, that a re-solved problem may be off by
 _JUMP = 0.01  # of the plan's size: a step of a millionth does not move a smooth plan so far
@@ -50,6 +51,7 @@ class GradientReport:
 
     @property
     def ok(self) -> bool:
+        """Whether all inputs are."""
         return all(check.ok for check in self.checks)
 
     def __str__(self) -> str:
@@ -70,13 +72,13 @@ class GradientReport:
 
 
 def check_gradients(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -115,6 +117,21 @@ def check_gradients(
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import check_gradients
+      >>> report = check_gradients(cost, dynamics, x_init, u_init, weights, u_lower=-0.5)
+      >>> report.ok
+      True
+      >>> [check.name for check in report.checks]
+      ['params', 'u_lower', 'x_init']
     """
     inputs: dict[str, Any] = dict(x_init=jnp.asarray(x_init), params=params)
     x_checked, u_checked, lower, upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
@@ -127,14 +144,14 @@ def check_gradients(
     rng = np.random.default_rng(seed)
     weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
-    def solve(inputs, u_init):
+    def solve(inputs: dict[str, Any], u_init: Array) -> Solution:
         return mpc_solve(
             cost, dynamics, inputs["x_init"], u_init, inputs["params"], terminal_cost=terminal_cost,
             u_lower=inputs.get("u_lower"), u_upper=inputs.get("u_upper"),
             constraints=inputs.get("constraints"), options=options,
         )  # fmt: skip
 
-    def loss(inputs, u_init):
+    def loss(inputs: dict[str, Any], u_init: Array) -> tuple[ArrayLike, Solution]:
         solution = solve(inputs, u_init)
         terms = [jnp.vdot(weights[name], getattr(solution, name)) for name in weights]
         return sum(terms), solution
@@ -165,7 +182,12 @@ def check_gradients(
         if path[0].key in bounds:  # infinite ones stay, and so do both of an equal pair
             direction = np.where(np.isfinite(leaf) & np.asarray(lower < upper), direction, 0.0)
 
-        def moved(h, index=index, leaf=leaf, direction=direction):
+        def moved(
+            h: float,
+            index: int = index,
+            leaf: np.ndarray = leaf,
+            direction: np.ndarray = direction,
+        ) -> tuple[float, Solution]:
             changed = [value for _, value in leaves]
             changed[index] = jnp.asarray(leaf + h * direction, leaf.dtype)
             (result, there), _ = loss_and_slopes(jax.tree.unflatten(tree, changed), solution.u)
@@ -187,7 +209,14 @@ def check_gradients(
     return GradientReport(tuple(checks), certificate, Status(int(solution.status)))
 
 
-def _reason(solution, before, after, sides, difference, scale) -> str:
+def _reason(
+    solution: Solution,
+    before: Solution,
+    after: Solution,
+    sides: tuple[float, float],
+    difference: float,
+    scale: float,
+) -> str:
     statuses = [Status(int(s.status)) for s in (solution, before, after)]
     failed = [status for status in statuses if status != Status.CONVERGED]
     if failed:

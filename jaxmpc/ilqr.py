@@ -1,6 +1,6 @@
 """Control-limited differential dynamic programming: the forward solver alone (Algorithm 2)."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import lax
@@ -10,7 +10,7 @@ from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.problem import Data
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
-from jaxmpc.types import Constraints, Options, Solution
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
 @jax.custom_vjp
@@ -19,7 +19,7 @@ def _not_differentiable(solution: Solution, data: Data) -> Solution:
     return solution
 
 
-def _not_differentiable_bwd(_, cotangent):
+def _not_differentiable_bwd(_: None, cotangent: Solution) -> NoReturn:
     raise TypeError(
         "ilqr_box is the forward solver alone and not differentiable in reverse mode: use "
         "jaxmpc.mpc_solve, which takes the same arguments, or jax.lax.stop_gradient its result"
@@ -30,13 +30,13 @@ _not_differentiable.defvjp(lambda solution, data: (solution, None), _not_differe
 
 
 def ilqr_box(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -66,6 +66,19 @@ def ilqr_box(
     and its penalty grows until each update closes nearly all of the gap. The model of a step is
     quadratic in pieces; where guessing the pieces that the rows will be on comes to no end, an
     interior-point method finds the step.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import ilqr_box
+      >>> solution = ilqr_box(cost, dynamics, x_init, u_init, weights, u_lower=-0.5, u_upper=0.5)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.5  -0.1   0.08  0.1 ]
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.

@@ -30,9 +30,9 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.batch import lanes
+from jaxmpc.types import Dynamics
 
 Ode = Callable[[Array, Array, Any, Any], Array]  # (x, u, t, params) -> x'
-Dynamics = Callable[[Array, Array, Any, Any], Array]  # (x, u, t, params) -> x_next
 
 # Newton's method doubles the digits with every step: five are the rule, where it works at all.
 _NEWTON_STEPS = 8
@@ -52,10 +52,19 @@ def euler(ode: Ode, dt: ArrayLike) -> Dynamics:
         ValueError: dt is not a scalar, or not positive and finite (checked where it is concrete);
             when the dynamics is called, the ode returns another shape than that of x.
         TypeError: dt is not a real number, or ode is not a callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a cart: position and velocity
+        ...     return jnp.stack([x[1], u[0]])
+        >>> dynamics = integrators.euler(ode, dt=0.5)
+        >>> print(dynamics(jnp.zeros(2), jnp.ones(1), 0, None))
+        [0.  0.5]
     """
     slope, dt = _checked(ode, dt)
 
-    def dynamics(x, u, t, params):
+    def dynamics(x: Array, u: Array, t: Any, params: Any) -> Array:
         return x + dt * slope(x, u, t, params)
 
     return dynamics
@@ -69,11 +78,20 @@ def rk4(ode: Ode, dt: ArrayLike) -> Dynamics:
 
     with u, t and params the same in all four. Arguments, result and errors are those of `euler`.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a cart: position and velocity
+        ...     return jnp.stack([x[1], u[0]])
+        >>> dynamics = integrators.rk4(ode, dt=0.5)
+        >>> print(jnp.array_str(dynamics(jnp.zeros(2), jnp.ones(1), 0, None), precision=3))
+        [0.125 0.5  ]
+
     Source: Hairer, Nørsett and Wanner 1993, Solving Ordinary Differential Equations I, II.1.
     """
     slope, dt = _checked(ode, dt)
 
-    def dynamics(x, u, t, params):
+    def dynamics(x: Array, u: Array, t: Any, params: Any) -> Array:
         k1 = slope(x, u, t, params)
         k2 = slope(x + dt / 2 * k1, u, t, params)
         k3 = slope(x + dt / 2 * k2, u, t, params)
@@ -97,29 +115,42 @@ def implicit_midpoint(ode: Ode, dt: ArrayLike) -> Dynamics:
 
     Arguments, result and errors are those of `euler`.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import integrators
+        >>> def ode(x, u, t, params):  # a mass on a spring
+        ...     return jnp.stack([x[1], u[0] - x[0]])
+        >>> dynamics = integrators.implicit_midpoint(ode, dt=0.5)
+        >>> x = dynamics(jnp.array([1.0, 0.0]), jnp.zeros(1), 0, None)
+        >>> print(jnp.array_str(x, precision=2))
+        [ 0.88 -0.47]
+        >>> round(float(x @ x), 3)  # the energy stays what it was
+        1.0
+
     Source: Hairer, Lubich and Wanner 2006, Geometric Numerical Integration, II.1 and IV.2.
     """
     slope, dt = _checked(ode, dt)
 
-    def dynamics(x, u, t, params):
-        def residual(x_next):
+    def dynamics(x: Array, u: Array, t: Any, params: Any) -> Array:
+        def residual(x_next: Array) -> Array:
             return x_next - x - dt * slope((x + x_next) / 2, u, t, params)
 
         # A wider dt or parameter widens the result, as in the explicit methods.
         guess = jnp.asarray(x, jax.eval_shape(residual, x).dtype)
-        return lax.custom_root(residual, guess, _newton, _solve_linear)
+        root: Array = lax.custom_root(residual, guess, _newton, _solve_linear)
+        return root
 
     return dynamics
 
 
-def _newton(residual, guess):
+def _newton(residual: Callable[[Array], Array], guess: Array) -> Array:
     """A root of the residual; NaN where Newton's method does not find one.
 
     The number of steps is fixed, for then the loop can be differentiated in reverse mode: JAX does
     that, dropping the rule of `custom_root`, in reverse over reverse through a `lax.scan`.
     """
 
-    def advance(_, state):
+    def advance(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         x, _ = state
         step = jnp.linalg.solve(jax.jacfwd(residual)(x), -residual(x))
         return x + step, step
@@ -130,8 +161,9 @@ def _newton(residual, guess):
     return jnp.where(jnp.max(jnp.abs(step)) <= small * jnp.max(jnp.abs(x)), x, jnp.nan)
 
 
-def _solve_linear(matvec, b):
-    return jnp.linalg.solve(jax.jacfwd(matvec)(b), b)
+def _solve_linear(matvec: Callable[[Array], Array], b: Array) -> Array:
+    x: Array = jnp.linalg.solve(jax.jacfwd(matvec)(b), b)
+    return x
 
 
 def _checked(ode: Ode, dt: ArrayLike) -> tuple[Ode, ArrayLike]:
@@ -139,7 +171,7 @@ def _checked(ode: Ode, dt: ArrayLike) -> tuple[Ode, ArrayLike]:
     validation.check_callable("ode", ode)
     _check_dt(dt)
 
-    def slope(x, u, t, params):
+    def slope(x: Array, u: Array, t: Any, params: Any) -> Array:
         out = jnp.asarray(ode(x, u, t, params))
         validation.has_shape("what ode returns", out, jnp.shape(x), "[n]")
         return out

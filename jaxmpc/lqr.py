@@ -14,6 +14,8 @@ from jaxmpc.riccati.constrained import System, no_active_rows
 from jaxmpc.riccati.point import Point, Rhs, no_rows
 from jaxmpc.types import LQRSolution, RiccatiMethod
 
+_Gains = tuple[Array, Array]  # K and k
+
 
 def lqr_solve(
     x_init: ArrayLike,
@@ -62,6 +64,17 @@ def lqr_solve(
       TypeError: an argument is not real floating-point (``free``: not boolean).
       ValueError: a shape does not fit the others, or ``method`` is none of the above.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import lqr_solve
+      >>> F = jnp.tile(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]), (5, 1, 1))  # a cart
+      >>> C, c = jnp.tile(jnp.eye(3), (5, 1, 1)), jnp.zeros((5, 3))
+      >>> solution = lqr_solve(jnp.array([1.0, 0.0]), C, c, F)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.51 -0.09  0.09  0.1 ]
+      >>> print(jnp.array_str(solution.K[0], precision=2))
+      [[-0.51 -1.28]]
+
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 1 and Module 1, extended by the terminal
     cost and the mask. The parallel method: Särkkä and García-Fernández 2023 (arXiv:2104.03186).
     """
@@ -79,18 +92,20 @@ def lqr_solve(
 
 
 def _with_derivatives(
-    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: tuple[Array, Array]
-) -> tuple[Point, tuple[Array, Array]]:
+    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: _Gains
+) -> tuple[Point, _Gains]:
     """The plan, which moves as that of ``kkt_solve``, and the gains, which move as those of the
     recursion: both were found from constants."""
 
-    def pull_plan(cotangent, point, system, rhs):
+    def pull_plan(cotangent: Point, point: Point, system: System, rhs: Rhs) -> tuple[System, Rhs]:
         return kkt.solve_cotangents(method, (system, point), cotangent)
 
-    def pull_gains(cotangent, gains, system, rhs):
+    def pull_gains(
+        cotangent: _Gains, gains: _Gains, system: System, rhs: Rhs
+    ) -> tuple[System, Rhs]:
         factorize, substitute = method.recursion
 
-        def recursion(C, F, C_final, rhs):
+        def recursion(C: Array, F: Array, C_final: Array, rhs: Rhs) -> _Gains:
             factors = factorize(C, F, C_final, system.free)
             return factors.K, substitute(factors, F, rhs)[1]
 

@@ -9,17 +9,17 @@ from jaxmpc.derivative.implicit import differentiable
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
-from jaxmpc.types import Constraints, Options, Solution
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
 def mpc_solve(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
@@ -70,6 +70,32 @@ def mpc_solve(
       TypeError: an argument or a returned value of the wrong kind (an integer x_init, say).
       ValueError: a shape that does not fit, concrete bounds with u_lower > u_upper, or an option
         out of its range. Messages name the argument, what came and what was expected.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Status, mpc_solve
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> @jax.jit
+      ... def plan(weights):
+      ...     return mpc_solve(cost, dynamics, x_init, u_init, weights, u_lower=-0.5, u_upper=0.5)
+      >>> solution = plan(weights)
+      >>> Status(int(solution.status)).name
+      'CONVERGED'
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.5  -0.1   0.08  0.1 ]
+
+      How where the cart ends depends on the weights:
+
+      >>> def end(weights):
+      ...     return plan(weights).x[-1, 0]
+      >>> print(jnp.array_str(jax.jit(jax.grad(end))(weights), precision=2))
+      [-0.17  0.17]
 
     Source: Amos et al. 2018 (arXiv:1810.13400), eq. (10), Module 2 and eq. (19), with the exact
     Hessian of the Hamiltonian in place of ∇²cost (``Options.backward_hessian``), which for

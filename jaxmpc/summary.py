@@ -28,6 +28,21 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
 
     Raises:
       TypeError: ``solution`` is not a ``Solution``, or is traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Quadratic, mpc_solve, summarize
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, u_lower=-0.5, u_upper=0.5)
+      >>> print(summarize(solution))
+      1 problem, T = 5, n = 2, m = 1, float...
+        CONVERGED            1  100.0 %
+        iterations     1
+        KKT residual   ...
+        objective      2.09292
+        clamped        u[0] 20.0 %
     """
     if not isinstance(solution, Solution):
         raise TypeError(f"solution must be a jaxmpc.Solution, got {type(solution).__name__}")

@@ -45,6 +45,17 @@ class Tracking:
         angle_error: how an angle differs from its reference: "wrap", the difference itself, by the
             short way round, or "chord", 2 sin(difference/2) in size, for a cost that is smooth
             everywhere. See `wrap` and `chord`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import Affine, mpc_solve, tracking
+        >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+        >>> task = tracking.Tracking(
+        ...     x_ref=jnp.array([1.0, 0.0]), Q=jnp.array([1.0, 0.1]), R=jnp.array([0.1])
+        ... )
+        >>> solution = mpc_solve(tracking.cost, dynamics, jnp.zeros(2), jnp.zeros((5, 1)), task)
+        >>> print(jnp.array_str(solution.x[:, 0], precision=2))
+        [0.   0.   0.4  0.75 1.   1.19]
     """
 
     x_ref: ArrayLike
@@ -65,6 +76,12 @@ def wrap(angle: Array) -> Array:
     the square is continuous there, and has a ridge from which it falls to either side with slope
     2π. A ridge is never a minimum, but a solver that starts on it sees one of its sides only. (A
     weight matrix that couples an angle to another state makes the cost itself jump at the cut.)
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import tracking
+        >>> print(jnp.array_str(tracking.wrap(jnp.array([0.5, 3.5])), precision=2))
+        [ 0.5  -2.78]
     """
     turn = 2 * jnp.pi
     return angle - turn * jnp.round(angle / turn)
@@ -77,12 +94,26 @@ def chord(angle: Array) -> Array:
     2π-periodic. The price: the square bends down beyond ±π/2, and at ±π its slope is 0: a solver
     that starts there is on a saddle, from which it has to find a way down. Written as a sine it
     keeps its digits near 0, where 1 − cos loses them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import tracking
+        >>> print(jnp.array_str(tracking.chord(jnp.array([0.1, 2.0])), precision=2))
+        [0.1  1.68]
     """
     return 2 * jnp.sin(wrap(angle) / 2)
 
 
 def error(x: Array, x_ref: Array, angles: tuple[int, ...] = (), angle_error: str = "wrap") -> Array:
-    """x ⊖ x_ref [..., n]: the difference, of angles as `wrap` or `chord` measures it."""
+    """x ⊖ x_ref [..., n]: the difference, of angles as `wrap` or `chord` measures it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import tracking
+        >>> x, x_ref = jnp.array([3.0, 1.0]), jnp.array([-3.0, 0.5])
+        >>> print(jnp.array_str(tracking.error(x, x_ref, angles=(0,)), precision=2))
+        [-0.28  0.5 ]
+    """
     difference = x - x_ref
     if not angles:
         return difference
@@ -107,6 +138,14 @@ def cost(x: Array, u: Array, t: Any, params: Any) -> Array:
     Raises:
         TypeError: params is no `Tracking` and holds none.
         ValueError: an array of the `Tracking` does not fit x and u.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import tracking
+        >>> task = tracking.Tracking(jnp.zeros(2), Q=jnp.array([1.0, 0.1]), R=jnp.array([0.1]))
+        >>> x, u = jnp.array([2.0, 0.0]), jnp.array([1.0])
+        >>> round(float(tracking.cost(x, u, 0, task)), 2)
+        2.05
     """
     task = _task(params)
     n, m = x.shape[0], u.shape[0]
@@ -121,6 +160,15 @@ def terminal_cost(x: Array, params: Any) -> Array:
     """Terminal cost ½ eᵀ Q_final e with e = x ⊖ x_ref, of which the last row counts.
 
     Arguments, derivatives and errors are those of `cost`; a ValueError if Q_final is None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxmpc import tracking
+        >>> Q, R = jnp.array([1.0, 0.1]), jnp.array([0.1])
+        >>> task = tracking.Tracking(jnp.zeros(2), Q, R, Q_final=5 * Q)
+        >>> x = jnp.array([2.0, 0.0])
+        >>> round(float(tracking.terminal_cost(x, task)), 2)
+        10.0
     """
     task = _task(params)
     n = x.shape[0]

@@ -11,6 +11,15 @@ from jax.typing import ArrayLike
 
 RiccatiMethod = Literal["auto", "sequential", "parallel"]
 
+# The user's functions, of (x [n], u [m], t, params); those of the end, of (x [n], params). Params
+# are whatever pytree the user passes, and t is an int32 scalar. ``Quadratic`` is a Cost and a
+# TerminalCost as well, and ``Affine`` is a Dynamics.
+Cost = Callable[[Array, Array, Any, Any], Array]  # -> scalar
+TerminalCost = Callable[[Array, Any], Array]  # -> scalar
+Dynamics = Callable[[Array, Array, Any, Any], Array]  # -> the next state, [n]
+Constraint = Callable[[Array, Array, Any, Any], Array]  # -> one entry for each row
+TerminalConstraint = Callable[[Array, Any], Array]
+
 
 class Status(enum.IntEnum):
     """How one problem ended. In a batch, ``solution.status`` holds one per problem.
@@ -71,6 +80,19 @@ class Options:
       riccati: how the linear system of the backward pass of ``mpc_solve`` is solved: "sequential"
         (stage by stage), "parallel" (O(log T) steps, for long horizons on wide hardware) or
         "auto", which is sequential at present. See ``method`` of ``lqr_solve``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Options, Quadratic, Status, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> options = Options(max_iterations=20)
+      >>> solution = mpc_solve(
+      ...     cost, dynamics, x_init, u_init, u_lower=-0.5, u_upper=0.5, options=options
+      ... )
+      >>> Status(int(solution.status)).name
+      'CONVERGED'
     """
 
     tolerance: ArrayLike | None = None
@@ -103,6 +125,19 @@ class Slack:
 
     Both broadcast to [T, p] (terminal: [q]), so hard and soft rows can stand in one function.
     Solutions are differentiable in both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Constraints, Quadratic, Slack, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> def too_fast(x, u, t, params):  # backwards at more than 0.2
+      ...     return -0.2 - x[1:]
+      >>> constraints = Constraints(inequality=too_fast, slack=Slack(linear=0.3))
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, constraints=constraints)
+      >>> print(jnp.array_str(solution.x[1:, 1], precision=2))  # one step is too fast, and paid for
+      [-0.2  -0.23 -0.2  -0.16 -0.16]
     """
 
     linear: ArrayLike = 0.0
@@ -122,6 +157,13 @@ class Rate:
       weight: ≥ 0, broadcasts to [T, m]; None for no price.
 
     Solutions are differentiable in all three.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Constraints, Rate
+      >>> constraints = Constraints(rate=Rate(previous=jnp.zeros(1), limit=0.2))
+      >>> constraints.rate.limit  # no control is further than this from the one before
+      0.2
     """
 
     previous: ArrayLike
@@ -168,12 +210,27 @@ class Constraints:
     The functions are differentiated twice, as cost and dynamics are, and may close over traced
     values. inequality also sees the first state, which no control moves: a constraint on states
     alone that x_init violates cannot be met.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Constraints, Quadratic, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> def too_fast(x, u, t, params):  # backwards at more than 0.2
+      ...     return -0.2 - x[1:]
+      >>> constraints = Constraints(inequality=too_fast)
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, constraints=constraints)
+      >>> print(jnp.array_str(solution.x[1:, 1], precision=2))
+      [-0.2  -0.2  -0.2  -0.16 -0.16]
+      >>> print(jnp.array_str(solution.multipliers.inequality[:, 0], precision=2))
+      [0.   0.2  0.54 0.   0.  ]
     """
 
-    inequality: Callable | None = _function()
-    equality: Callable | None = _function()
-    terminal_inequality: Callable | None = _function()
-    terminal_equality: Callable | None = _function()
+    inequality: Constraint | None = _function()
+    equality: Constraint | None = _function()
+    terminal_inequality: TerminalConstraint | None = _function()
+    terminal_equality: TerminalConstraint | None = _function()
     slack: Slack | None = None
     terminal_slack: Slack | None = None
     rate: Rate | None = None

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
@@ -21,18 +21,18 @@ from jaxmpc.solver.backward import Box, backward_pass
 from jaxmpc.solver.box_qp import box_qp, clamped
 from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
 from jaxmpc.solver.line_search import Step, line_search, take_step
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Cost, Dynamics, Options, Solution, Status, TerminalCost
 
 
 def ilqr_unrolled(
-    cost,
-    dynamics,
+    cost: Cost,
+    dynamics: Dynamics,
     x_init: ArrayLike,
     u_init: ArrayLike,
     params: Any = None,
     *,
     num_iterations: int,
-    terminal_cost=None,
+    terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     options: Options = Options(),
@@ -62,6 +62,19 @@ def ilqr_unrolled(
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``; ``num_iterations`` is not an int of at least 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def dynamics(x, u, t, weights):  # a cart, in steps of half a second
+      ...     position, velocity = x
+      ...     return jnp.stack([position + 0.5 * velocity, velocity + 0.5 * u[0]])
+      >>> def cost(x, u, t, weights):
+      ...     return weights @ x**2 + u @ u
+      >>> weights, x_init, u_init = jnp.array([1.0, 1.0]), jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> from jaxmpc import ilqr_unrolled
+      >>> solution = ilqr_unrolled(cost, dynamics, x_init, u_init, weights, num_iterations=3)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.51 -0.09  0.09  0.1 ]
     """
     validation.check_count("num_iterations", num_iterations, least=0)
     problem, data, options = trace(
@@ -82,7 +95,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
 
     none = data.multipliers  # there are no rows
 
-    def improve(at: Iterate, _):
+    def improve(at: Iterate, nothing: None) -> tuple[Iterate, None]:
         u, x = at.u, at.x
         expanded = expand(problem, data.theta, x, u)
         first = first_order(expanded, none)
@@ -133,7 +146,9 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
     )
 
 
-def _differentiable_box_qp(Q, q, lower, upper, scale):
+def _differentiable_box_qp(
+    Q: Array, q: Array, lower: Array, upper: Array, scale: Array
+) -> tuple[Array, Array, Array]:
     """``box_qp`` with a differentiable minimiser: its free set is constant (eq. 18)."""
     d, _, free = box_qp(*lax.stop_gradient((Q, q, lower, upper, scale)))
     held = jnp.where(free, 0, jnp.where(d <= lower, lower, upper))

@@ -2,6 +2,7 @@
 was expected. Values can only be checked where they are concrete; traced ones end in a status."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from jaxmpc.types import Constraints, Multipliers, Options, Rate, RiccatiMethod, Slack
 
 
-def floating(name: str, value) -> Array:
+def floating(name: str, value: Any) -> Array:
     """``value`` as a floating-point array."""
     array = _as_array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -23,7 +24,7 @@ def floating(name: str, value) -> Array:
     return array
 
 
-def _as_array(name: str, value) -> Array:
+def _as_array(name: str, value: Any) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -57,7 +58,9 @@ class LQRArguments(NamedTuple):
     free: Array
 
 
-def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free) -> LQRArguments:
+def lqr_arguments(
+    x_init: Any, C: Any, c: Any, F: Any, f: Any, C_final: Any, c_final: Any, free: Any
+) -> LQRArguments:
     """The arguments of ``lqr_solve`` with defaults filled in, of one dtype."""
     given = dict(x_init=x_init, C=C, c=c, F=F, f=f, C_final=C_final, c_final=c_final)
     arrays = {name: floating(name, a) for name, a in given.items() if a is not None}
@@ -93,7 +96,9 @@ def lqr_arguments(x_init, C, c, F, f, C_final, c_final, free) -> LQRArguments:
     return LQRArguments(free=free, **{name: a.astype(dtype) for name, a in arrays.items()})
 
 
-def mpc_arguments(x_init, u_init, u_lower, u_upper):
+def mpc_arguments(
+    x_init: Any, u_init: Any, u_lower: Any, u_upper: Any
+) -> tuple[Array, Array, Array, Array]:
     """x_init [n], u_init [T, m] and the bounds, checked and broadcast but not yet of one dtype."""
     x_init = floating("x_init", x_init)
     u_init = floating("u_init", u_init)
@@ -112,7 +117,7 @@ def mpc_arguments(x_init, u_init, u_lower, u_upper):
     return x_init, u_init, u_lower, u_upper
 
 
-def _bound(name: str, value, u_init: Array) -> Array:
+def _bound(name: str, value: Any, u_init: Array) -> Array:
     array = _as_array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
@@ -127,7 +132,7 @@ def _bound(name: str, value, u_init: Array) -> Array:
 
 
 def weight(
-    name: str, value, shape: tuple[int, ...], meaning: str, *, finite: bool = False
+    name: str, value: Any, shape: tuple[int, ...], meaning: str, *, finite: bool = False
 ) -> Array:
     """A non-negative number or array, broadcast to the shape."""
     array = _as_array(name, value)
@@ -145,7 +150,7 @@ def weight(
         ) from None
 
 
-def check_constraints(constraints) -> None:
+def check_constraints(constraints: Any) -> None:
     if not isinstance(constraints, Constraints):
         raise TypeError(
             f"constraints must be a jaxmpc.Constraints, got {type(constraints).__name__}"
@@ -159,7 +164,7 @@ def check_constraints(constraints) -> None:
             )
 
 
-def check_params(params) -> None:
+def check_params(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
             where = jax.tree_util.keystr(path)
@@ -169,19 +174,19 @@ def check_params(params) -> None:
             )
 
 
-def check_callable(name: str, fn) -> None:
+def check_callable(name: str, fn: Any) -> None:
     if not callable(fn):
         raise TypeError(f"{name} must be a callable, got {type(fn).__name__}")
 
 
-def check_count(name: str, value, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be a Python int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def is_concrete(value) -> bool:
+def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
@@ -193,7 +198,7 @@ _CHOICES = dict(
 )
 
 
-def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
@@ -203,7 +208,7 @@ def check_options(options: Any) -> None:
         raise TypeError(f"options must be a jaxmpc.Options, got {type(options).__name__}")
     for name, choices in _CHOICES.items():
         check_choice(f"options.{name}", getattr(options, name), choices)
-    checks = dict(
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
         tolerance=("positive", lambda v: v > 0),
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),
         regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "solver": ["batch", "riccati", "types", "validation", "problem"],
     "derivative": ["batch", "riccati", "types", "validation", "problem", "solver.linearization"],
     # For writing problems: without any solver.
-    "integrators": ["batch", "validation"],
+    "integrators": ["batch", "types", "validation"],
     "tracking": ["validation"],
     "systems": ["batch", "validation", "integrators", "tracking"],
 }

@@ -9,6 +9,8 @@ of the batch alone, and NumPy's broadcasting aligns them with every array.
 """
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,15 @@ _CACHE = 40 * 1024  # bytes: of the first caches of today's CPUs, 32 to 48 KiB
 # Sums of up to this many terms are written out; for larger matrices a matrix product pays.
 MAX_TERMS = 16
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def any_rank(fn):
+
+def any_rank(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     """``fn`` where NumPy's broadcasting between ranks is allowed, whatever the user allows."""
 
     @functools.wraps(fn)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with jax.numpy_rank_promotion("allow"):
             return fn(*args, **kwargs)
 
@@ -91,7 +96,7 @@ def sum_of(terms) -> Array:
     return total
 
 
-def select(condition: Array, a, b):
+def select(condition: Array | bool, a, b):
     """The tree a where the condition holds, b elsewhere; one condition a problem."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 

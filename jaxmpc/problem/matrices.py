@@ -5,6 +5,7 @@ others, but the solver need not differentiate them: their expansions are the mat
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,12 +30,22 @@ class Quadratic:
 
     Solutions are differentiable in both, as in whatever a cost closes over. Under ``jax.vmap``
     they may have the batch's axis or be shared.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine, Quadratic, mpc_solve
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> cost = Quadratic(jnp.eye(3))
+      >>> x_init, u_init = jnp.array([1.0, 0.0]), jnp.zeros((5, 1))
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, u_lower=-0.5, u_upper=0.5)
+      >>> print(jnp.array_str(solution.u[:4, 0], precision=2))
+      [-0.5  -0.1   0.08  0.1 ]
     """
 
     C: ArrayLike
     c: ArrayLike | None = None
 
-    def __call__(self, x: Array, *rest):
+    def __call__(self, x: Array, *rest: Any) -> Array:
         """As cost(x, u, t, params), or as terminal_cost(x, params)."""
         if len(rest) == 1:
             C, c, z = self.C, self.c, x
@@ -56,12 +67,19 @@ class Affine:
       f: [T, n] or [n]; 0 by default.
 
     Solutions are differentiable in both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmpc import Affine
+      >>> dynamics = Affine(jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]))  # a cart
+      >>> print(dynamics(jnp.array([1.0, 2.0]), jnp.array([3.0]), 0, None))
+      [2.  3.5]
     """
 
     F: ArrayLike
     f: ArrayLike | None = None
 
-    def __call__(self, x: Array, u: Array, t, params) -> Array:
+    def __call__(self, x: Array, u: Array, t: Any, params: Any) -> Array:
         x_next = jnp.asarray(at_stage(self.F, 2, t)) @ jnp.concatenate([x, u])
         return x_next if self.f is None else x_next + jnp.asarray(at_stage(self.f, 1, t))
 
@@ -113,7 +131,7 @@ def _shared(theta: Theta, array: Array, rank: int) -> bool:
     return array.ndim == rank + len(theta.lanes)
 
 
-def _per_stage(theta: Theta, fn, given: Any, z: Array) -> Array:
+def _per_stage(theta: Theta, fn: Callable, given: Any, z: Array) -> Array:
     """``fn(C_t, c_t, z_t)`` at every stage."""
     pairs = ((given.C, 2), (given.c, 1))
     axes = (None if _shared(theta, array, rank) else 0 for array, rank in pairs)

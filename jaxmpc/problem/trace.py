@@ -6,12 +6,14 @@ jaxpr and hoisting all of its constants gives functions of (x, u, t, theta) alon
 an explicit input, to ``lax.while_loop``, to ``vmap`` and to differentiation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.problem.constraints import constraint_functions, with_constraints
@@ -19,19 +21,19 @@ from jaxmpc.problem.matrices import Affine, Quadratic, checked
 from jaxmpc.problem.prices import Prices
 from jaxmpc.problem.problem import Data, Problem, Theta
 from jaxmpc.riccati.point import no_rows
-from jaxmpc.types import Constraints, Options
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, TerminalCost
 
 
 def trace(
-    cost,
-    dynamics,
-    x_init,
-    u_init,
-    params,
+    cost: Cost,
+    dynamics: Dynamics,
+    x_init: ArrayLike,
+    u_init: ArrayLike,
+    params: Any,
     *,
-    terminal_cost=None,
-    u_lower=None,
-    u_upper=None,
+    terminal_cost: TerminalCost | None = None,
+    u_lower: ArrayLike | None = None,
+    u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
     options: Options = Options(),
 ) -> tuple[Problem, Data, Options]:
@@ -39,7 +41,7 @@ def trace(
     validation.check_options(options)
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
     validation.check_params(params)
-    named = dict(cost=cost, dynamics=dynamics)
+    named: dict[str, Callable] = dict(cost=cost, dynamics=dynamics)
     if terminal_cost is not None:
         named["terminal_cost"] = terminal_cost
     if constraints is None:

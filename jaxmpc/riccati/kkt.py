@@ -92,7 +92,9 @@ def _kkt_solve_fwd(method, system, rhs):
     return point, (system, point)
 
 
-def solve_cotangents(method: Method, saved: tuple[System, Point], cotangent: Point):
+def solve_cotangents(
+    method: Method, saved: tuple[System, Point], cotangent: Point
+) -> tuple[System, Rhs]:
     """The cotangents of a system and its right-hand side, from that of its solution."""
     system, point = saved
     w = kkt_solve(method, system, adjoint_rhs(cotangent))

@@ -3,7 +3,7 @@
 import functools
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxmpc.batch import lanes
 
@@ -12,7 +12,7 @@ from jaxmpc.batch import lanes
 _MAX_UNROLLED = 8
 
 
-def masked_inverse(Q, free, scale):
+def masked_inverse(Q: Array, free: Array, scale: Array) -> tuple[Array, Array]:
     """The inverse of Q [m,m] on its free rows and columns, 0 elsewhere; and its smallest pivot.
 
     The pivots are the D of LDLᵀ: positive exactly where Q is positive definite on the free
@@ -43,7 +43,7 @@ def masked_inverse(Q, free, scale):
     return jnp.where(both, -A, 0), smallest
 
 
-def smallest_pivot(Q, free, scale):
+def smallest_pivot(Q: Array, free: Array, scale: Array) -> Array:
     """The one that ``masked_inverse`` finds, without the inverse."""
     m = free.shape[0]
     if not 1 < m <= _MAX_UNROLLED:

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
     curvature: Array  # [T], the smallest pivot of Q_uu on the free controls, relative
 
 
-def quadratic_form(C, F, V):
+def quadratic_form(C: Array, F: Array, V: Array) -> tuple[Array, Array]:
     """Q = C + Fᵀ V F, and the size of its diagonal's terms before they cancel."""
     n = V.shape[0]
     VF = lanes.materialize(lanes.matmul, V, F)
@@ -37,14 +37,14 @@ def quadratic_form(C, F, V):
     return lanes.materialize(combine, C, F, VF)
 
 
-def value_hessian(Q, K, n):
+def value_hessian(Q: Array, K: Array, n: int) -> Array:
     """V = Q_xx + Q_xu K + Kᵀ Q_ux + Kᵀ Q_uu K, whose error is second order in that of K."""
     half = lanes.materialize(lambda Q, K: Q[n:, :n] + lanes.matmul(Q[n:, n:], K) * 0.5, Q, K)
     S = lanes.materialize(lambda Q, K, half: Q[:n, :n] * 0.5 + lanes.matmul_t(half, K), Q, K, half)
     return lanes.materialize(lambda S: S + lanes.transpose(S), S)
 
 
-def riccati_stage(C, F, free, V):
+def riccati_stage(C: Array, F: Array, free: Array, V: Array) -> tuple[Factors, Array]:
     """One stage of the recursion from the next one's V: its ``Factors``, and the size of the terms
     of Q's diagonal."""
     n = V.shape[0]
@@ -54,7 +54,7 @@ def riccati_stage(C, F, free, V):
     return Factors(K, Quu_inv, value_hessian(Q, K, n), curvature), size
 
 
-def gains(Quu_inv, Q):
+def gains(Quu_inv: Array, Q: Array) -> Array:
     """K = −Q_uu⁻¹ Q_ux."""
     m = Quu_inv.shape[0]
     return lanes.materialize(lambda inverse, Q: -lanes.matmul(inverse, Q[-m:, :-m]), Quu_inv, Q)

@@ -6,7 +6,7 @@ by projected Newton (Tassa, Mansard and Todorov 2014, section IV), in closed for
 """
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import masked_inverse
@@ -18,7 +18,9 @@ _MAX_STEPS = (
 )
 
 
-def box_qp(Q, q, lower, upper, scale):
+def box_qp(
+    Q: Array, q: Array, lower: Array, upper: Array, scale: Array
+) -> tuple[Array, Array, Array]:
     """Solve one box QP with Q [m,m] positive definite and 0 within the bounds; or one per lane.
 
     Returns the minimiser d [m], and Quu_inv [m,m], the inverse of Q on the free controls (0 on the
@@ -40,7 +42,7 @@ def _box_qp_1(Q, q, lower, upper, scale):
     return d, inverse, free
 
 
-def clamped(gradient, d, lower, upper):
+def clamped(gradient: Array, d: Array, lower: Array, upper: Array) -> Array:
     """Where d is at a bound that −gradient points out of, or the bounds are equal."""
     return (lower == upper) | ((d <= lower) & (gradient > 0)) | ((d >= upper) & (gradient < 0))
 

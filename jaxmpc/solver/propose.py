@@ -5,7 +5,7 @@ Without rows the model is a box QP a stage (Algorithm 2). With rows it is quadra
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -60,7 +60,7 @@ def propose(
     )
 
     def solve(
-        c: Array, c_final: Array, box: Box, squares: Callable, curved: Any, inside: Array
+        c: Array, c_final: Array, box: Box, squares: Callable, curved: Array | bool, inside: Array
     ) -> Solved:
         """``squares`` adds to a Hessian, and ``inside`` it regularizes it, too; the exact one is
         tried where ``curved``."""

@@ -56,7 +56,7 @@ def default_params(dtype: Any = None) -> Params:
     the given dtype, by default JAX's default float.
     """
 
-    def array(value):
+    def array(value: float | list[float]) -> Array:
         return jnp.asarray(value, dtype or float)
 
     return Params(

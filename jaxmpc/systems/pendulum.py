@@ -141,7 +141,8 @@ def _acceleration(sin: Array, u: Array, physics: Physics | DampedPhysics) -> Arr
     """Angular acceleration from gravity and torque, rad/s²."""
     (torque,) = u
     g, m, l = physics.g, physics.m, physics.l
-    return 1.5 * g / l * sin + 3.0 * torque / (m * l * l)
+    acceleration: Array = 1.5 * g / l * sin + 3.0 * torque / (m * l * l)
+    return acceleration
 
 
 def _step(x: Array, acceleration: Array) -> Array:

@@ -64,7 +64,7 @@ def default_params(dtype: Any = None) -> Params:
     default float.
     """
 
-    def array(value):
+    def array(value: float | list[float]) -> Array:
         return jnp.asarray(value, dtype or float)
 
     physics = Physics(*(array(value) for value in (9.81, 1.0, 0.4, 0.08)))
