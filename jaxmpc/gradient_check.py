@@ -173,7 +173,7 @@ def check_gradients(
     checks = []
     leaves, tree = jax.tree_util.tree_flatten_with_path(inputs)
     for index, (path, leaf) in enumerate(leaves):
-        leaf = np.asarray(leaf)
+        leaf = np.asarray(jnp.asarray(leaf))  # a Python number has the dtype that JAX gives it
         if not np.issubdtype(leaf.dtype, np.floating) or not np.isfinite(leaf).any():
             continue
         # Every entry by its own size, for a weight of 1e-3 beside one of 1 must stay positive.
