@@ -113,8 +113,8 @@ FAULTS = [
     ),
     Fault(
         "a row's price does not bend", "problem/prices.py",
-        "lambda beyond, quadratic: jnp.where(beyond, quadratic, 0), state.beyond",
-        "lambda beyond, quadratic: jnp.where(beyond, 0 * quadratic, 0), state.beyond", ROWS,
+        "lambda quadratic, beyond: jnp.where(beyond, quadratic, 0), prices.quadratic",
+        "lambda quadratic, beyond: jnp.where(beyond, 0 * quadratic, 0), prices.quadratic", ROWS,
     ),
     Fault(
         "an equality is taken for an inequality", "problem/constraints.py",
