@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from jaxmpc.derivative.implicit import differentiable
+from jaxmpc.derivative.implicit import differentiable, traced_once
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
@@ -105,5 +105,5 @@ def mpc_solve(
         cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
-    solve = jax.jit(differentiable(problem, solver(problem)))
+    solve = jax.jit(differentiable(problem, traced_once(solver(problem))))
     return for_user(problem, solve(data, options))

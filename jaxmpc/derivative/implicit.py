@@ -38,6 +38,20 @@ from jaxmpc.types import Options, Solution, Status
 Solver = Callable[[Data, Options], tuple[Solution, Linearization]]
 
 
+def traced_once(solver: Solver) -> Solver:
+    """``solver``, which the differentiations around it do not trace anew: ``jit`` keeps the program.
+
+    It keeps one for each mesh of devices, and takes none and an empty one for two.
+    """
+    solve = jax.jit(solver)
+
+    def call(data: Data, options: Options) -> tuple[Solution, Linearization]:
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return solve(data, options)
+
+    return call
+
+
 def differentiable(problem: Problem, solver: Solver) -> Callable[[Data, Options], Solution]:
     """The solution that ``solver`` finds as a differentiable function of (data, options)."""
 
