@@ -35,7 +35,9 @@ def of_the_objective(theta):
 THETA = jnp.array([10.0, 1.0, 1.0, 1.2])  # g, m, l and the bound on the torque
 
 
-@pytest.mark.parametrize("loss", [of_the_plan, of_the_objective])
+@pytest.mark.parametrize(
+    "loss", [of_the_plan, pytest.param(of_the_objective, marks=pytest.mark.slow)]
+)
 def test_hessians_match_finite_differences_of_the_gradient(loss):
     free = jax.jit(plan)(pendulum.Physics(*THETA[:3]), THETA[3]).free
     assert 0 < jnp.mean(free) < 1

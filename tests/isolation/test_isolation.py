@@ -115,7 +115,7 @@ SINGULAR_SOMEWHERE = {
     "name",
     [
         pytest.param("log at 1", marks=pytest.mark.slow),
-        "distance at 0",
+        pytest.param("distance at 0", marks=pytest.mark.slow),
         pytest.param("distance between", marks=pytest.mark.slow),
         "angle",
     ],

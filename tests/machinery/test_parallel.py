@@ -101,6 +101,7 @@ def test_gradients_are_those_of_the_sequential_solve(size):
     assert_close(gradient(problem, free), gradient(problem, free, "sequential"), 1e-9)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_the_sequential_solve():
     problem, free = random_problem(2, 1, 3)
     direction = random_weights(problem)

@@ -86,6 +86,7 @@ def test_gradients_of_problems_that_took_turns(few_lanes):
         assert_close(jax.tree.map(lambda a, i=i: a[i], got), want, 1e-8)
 
 
+@pytest.mark.slow
 def test_nested_batches_take_turns_together(few_lanes):
     x_init = pendulum.sample_states(jax.random.key(2), 6).reshape(2, 3, 3)
     physics = pendulum.default_params().physics

@@ -156,6 +156,7 @@ def test_exponents():
     assert scaling.exponent(line[:1]) is None
 
 
+@pytest.mark.slow
 def test_compile(quick):
     rows, text = quick("compile")
     check_fields(rows, solved=True)

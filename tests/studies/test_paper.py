@@ -153,6 +153,7 @@ def learning_the_cost():
     return curves_of(imitation.run(Setting("pendulum", "mpc.cost", 10), [3, 4], 30, 5), 30)
 
 
+@pytest.mark.slow
 def test_the_halves_of_a_cost_take_turns(learning_the_cost):
     def moves(name):  # [epochs]
         values = learning_the_cost[name]
@@ -164,6 +165,7 @@ def test_the_halves_of_a_cost_take_turns(learning_the_cost):
     np.testing.assert_array_equal(moves("logit"), ~p_now)
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss(learning_the_cost):
     train = learning_the_cost["train"]
     assert (train[-1] < 0.9 * train[0]).all()
@@ -171,7 +173,8 @@ def test_learning_lowers_the_loss(learning_the_cost):
     assert (learning_the_cost["converged"] == 1.0).all()
 
 
-@pytest.mark.parametrize("name", ["pendulum", pytest.param("cartpole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pendulum", "cartpole"])
 def test_the_experts_constants_imitate_perfectly(name):
     """And so its trajectories, the losses and the learner's problem agree with one another."""
     domain = imitation.DOMAINS[name]
