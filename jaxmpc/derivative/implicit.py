@@ -39,7 +39,7 @@ Solver = Callable[[Data, Options], tuple[Solution, Linearization]]
 
 
 def traced_once(solver: Solver) -> Solver:
-    """``solver``, which the differentiations around it do not trace anew: ``jit`` keeps the program.
+    """``solver``, which the differentiations around it do not trace anew, for ``jit`` keeps it.
 
     It keeps one for each mesh of devices, and takes none and an empty one for two.
     """
