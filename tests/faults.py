@@ -9,6 +9,7 @@ not, the whole quick suite gets its chance. ``make slow`` runs all of this.
 
 import argparse
 import concurrent.futures
+import functools
 import re
 import shutil
 import subprocess
@@ -287,8 +288,9 @@ def first_failure(copy: Path, *options: str) -> str | None:
     return failed[0] if failed else None
 
 
-def caught_by(fault: Fault) -> str | None:
-    """The test that notices a fault; None if the whole quick suite passes."""
+def caught_by(fault: Fault, everywhere: bool = True) -> str | None:
+    """The test that notices a fault, among those named with it or, ``everywhere``, in the whole
+    quick suite; None if they pass."""
     with tempfile.TemporaryDirectory() as folder:
         copy = checkout(Path(folder))
         path = copy / "jaxmpc" / fault.file
@@ -296,18 +298,23 @@ def caught_by(fault: Fault) -> str | None:
         if text.count(fault.right) != 1:
             raise ValueError(f"{fault.file} must have exactly one {fault.right!r}")
         path.write_text(text.replace(fault.right, fault.wrong), "utf-8")
-        return first_failure(copy, *fault.tests.split()) or first_failure(copy)
+        found = first_failure(copy, *fault.tests.split())
+        return found or (first_failure(copy) if everywhere else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("pattern", nargs="?", default="", help="in the name or file of a fault")
+    parser.add_argument(
+        "--named", action="store_true", help="run the tests that are named with a fault alone"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     args = parser.parse_args()
+    found_by = functools.partial(caught_by, everywhere=not args.named)
     chosen = [fault for fault in FAULTS if args.pattern in f"{fault.name} {fault.file}"]
     caught = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for fault, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
+        for fault, test in zip(chosen, pool.map(found_by, chosen), strict=True):
             caught += test is not None
             print(f"{fault.file}: {fault.name}\n    {test or 'NOT CAUGHT'}", flush=True)
     print(f"{caught} of {len(chosen)} faults are caught")
