@@ -153,9 +153,11 @@ FAULTS = [
         "converged = judged.finite & judged.certify & judged.small", STATUSES,
     ),
     Fault(
-        "converged is claimed early", "solver/judgement.py",
-        "small = here.finite & (here.relative <= tolerance)",
-        "small = here.finite & (here.relative <= 1e3 * tolerance)", PLANS,
+        "converged is claimed early",
+        "solver/assessment.py",
+        "tolerance = goal = 1e-10",
+        "tolerance = goal = 1e-3",
+        "tests/solutions",
     ),
     Fault(
         "converged is claimed of plans that violate constraints", "solver/assessment.py",
@@ -164,12 +166,14 @@ FAULTS = [
     Fault(
         "a trip that stops counts as an iteration", "solver/loop.py",
         "iterations=s.iterations + jnp.where(verdict.stop, 0, 1),",
-        "iterations=s.iterations + 1,", STATUSES,
+        "iterations=s.iterations + 1,", "tests/solutions tests/statuses",
     ),
     Fault(
-        "a step for the worse is kept", "solver/judgement.py",
-        "back=moved & ~finish & (~here.finite | worse),", "back=moved & ~finish & ~here.finite,",
-        PLANS,
+        "a step that does not lower the objective is taken",
+        "solver/loop.py",
+        "moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted",
+        "moves, failed = ~verdict.stop, ~verdict.stop & ~length.accepted",
+        "tests/solutions",
     ),
     Fault(
         "crossed bounds count as feasible", "solver/loop.py",

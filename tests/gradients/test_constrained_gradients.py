@@ -22,7 +22,7 @@ from constrained_solves import (
 from helpers import assert_close
 from jax.flatten_util import ravel_pytree
 
-from jaxmpc import Status
+from jaxmpc import Constraints, Status, mpc_solve
 
 pytestmark = pytest.mark.xdist_group("constrained")  # they share compiled programs
 
@@ -102,3 +102,27 @@ def test_second_derivatives_in_one_input_alone_are_those_of_differences(name, ke
 
     first, second, h = jax.jit(jax.grad(along)), jax.jit(jax.grad(jax.grad(along)))(0.0), 1e-5
     assert_close(second, (first(h) - first(-h)) / (2 * h), 1e-5)
+
+
+def test_the_gain_of_a_plan_with_rows_has_the_derivative_of_finite_differences():
+    """K holds the active rows by a large penalty, and so do the plans beside it."""
+
+    def dynamics(x, u, t, mass):
+        return jnp.stack([x[0] + 0.5 * x[1], x[1] + 0.5 * u[0] / mass - 0.1 * x[1] ** 2])
+
+    def cost(x, u, t, mass):
+        return 0.5 * (x @ x + 0.3 * u @ u) + 0.05 * jnp.sum(u**4)
+
+    arrives = Constraints(terminal_equality=lambda x, mass: x[:1])
+
+    @jax.jit
+    def gains(mass):
+        solution = mpc_solve(
+            cost, dynamics, jnp.array([1.0, 0.2]), jnp.zeros((4, 1)), mass, constraints=arrives
+        )
+        return jnp.sum(jnp.sin(solution.K)), solution.status
+
+    slope, status = jax.jit(jax.grad(gains, has_aux=True))(1.3)
+    assert status == Status.CONVERGED
+    h = 1e-4
+    assert_close(slope, (gains(1.3 + h)[0] - gains(1.3 - h)[0]) / (2 * h), 1e-4)
