@@ -5,6 +5,7 @@ The functions of a problem run on JAX's arrays and on CasADi's symbols alike.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -564,6 +565,17 @@ def _rollout(problem, x_init, u, params):
 # Its derivative, by dense autodiff.
 
 
+def promoting(fn):
+    """The oracle is no part of the library: it may leave promotion to JAX."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return fn(*args, **kwargs)
+
+    return call
+
+
 def rows(problem, inputs, x, u):
     """All that is constrained beside u: g ≤ 0, h = 0 and |u_t − u_{t−1}| ≤ limit."""
     params = inputs["params"]
@@ -590,6 +602,7 @@ def _weights(inputs, name, row):
     return [jnp.broadcast_to(slack[key], row.shape) for key in ("linear", "quadratic")]
 
 
+@promoting
 def _lagrangian(problem, inputs, u, multipliers, push=None):
     """The rolled-out cost with the rate's price and Σ νᵀ g; and the states."""
     J, x = rolled_out(
@@ -602,6 +615,7 @@ def _lagrangian(problem, inputs, u, multipliers, push=None):
     return J + sum(jnp.vdot(multipliers[name], row) for name, row in constrained.items()), x
 
 
+@promoting
 def outputs(problem, inputs, u, multipliers, paid):
     """What a loss sees. The price of the inequalities that are ``paid`` for is in the objective."""
     zeros = jax.tree.map(jnp.zeros_like, multipliers)
@@ -616,6 +630,7 @@ def outputs(problem, inputs, u, multipliers, paid):
     return {"x": x, "u": u, "costate": costate, "objective": objective, "multipliers": multipliers}
 
 
+@promoting
 def kkt_errors(problem, inputs, u, multipliers):
     """By how much the plan misses stationarity and, per constraint, feasibility and
     complementarity: 0 for all of them just at a KKT point."""
@@ -641,6 +656,7 @@ class ActiveSet(NamedTuple):
     paid: dict  # inequalities with a slack
 
 
+@promoting
 def active_set(problem, inputs, u, multipliers, margin=1e-6):
     """Told by the multipliers; ``margin`` allows for those of an interior-point method."""
     in_u, x = jax.grad(lambda u: _lagrangian(problem, inputs, u, multipliers), has_aux=True)(u)
@@ -658,6 +674,7 @@ def active_set(problem, inputs, u, multipliers, margin=1e-6):
     return ActiveSet(at_lower, at_upper, held, paid)
 
 
+@promoting
 def gradient(loss, problem, u, multipliers, inputs):
     """∂loss/∂inputs at a KKT point: implicit differentiation of stationarity in the free controls,
     of the bounds of the clamped ones, and of the rows that hold, with a dense Jacobian."""
