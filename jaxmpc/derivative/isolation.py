@@ -19,7 +19,7 @@ class Policy(NamedTuple):
     blank: Array  # what it is otherwise
 
     def __call__(self, cotangent):
-        """The cotangents of what goes out, if there are any to speak of."""
+        """The cotangents that the problem has by the policy."""
         return jax.tree.map(lambda a: jnp.where(self.used, a, self.blank), cotangent)
 
 

@@ -47,8 +47,9 @@ def gradient(
     rows = state._replace(multiplier=multiplier), prices
 
     def part(name):
-        is_rows = lambda a: isinstance(a, Rows)  # noqa: E731
-        return jax.tree.map(lambda rows: getattr(rows, name), rows, is_leaf=is_rows)
+        return jax.tree.map(
+            lambda of_rows: getattr(of_rows, name), rows, is_leaf=lambda a: isinstance(a, Rows)
+        )
 
     def hamiltonian(z, t, costate, of_rows):
         x, u = z[:n], z[n:]
