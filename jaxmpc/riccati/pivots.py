@@ -19,28 +19,39 @@ def masked_inverse(Q: Array, free: Array, scale: Array) -> tuple[Array, Array]:
     controls. They come relative to ``scale`` [m], the size of the terms that were summed in Q's
     diagonal, since a pivot at their rounding level has no sign; pinned rows count as 1.
 
-    Sweeping every pivot of a symmetric matrix leaves −Q⁻¹ in its place, in m rank-one updates:
-    no LAPACK call, no square root, and an indefinite Q is still inverted.
+    With L D Lᵀ = Q, L⁻¹ comes out beside D if the identity is eliminated along with Q: no LAPACK
+    call, no square root, and an indefinite Q is still inverted, as the sum of l lᵀ / d over the
+    rows l of L⁻¹. Where rows with large weights make Q stiff in some directions, that sum keeps
+    what the soft ones are: sweeping Q in place, with as many operations, has an error of as many
+    roundings as Q's condition number, in every direction.
     """
     m = free.shape[0]
     if m == 1:
         inverse = jnp.where(free, 1 / Q[0], 0)
         return inverse[None], jnp.where(free, Q[0] / scale, 1)[0]
     both = free[:, None] & free[None, :]
-    A = jnp.where(both, Q, lanes.identity(m, Q.ndim - 2).astype(Q.dtype))
+    eye = jnp.broadcast_to(lanes.identity(m, Q.ndim - 2).astype(Q.dtype), Q.shape)
+    A = jnp.concatenate([jnp.where(both, Q, eye), eye], axis=1)
     relative = jnp.where(free, 1 / scale, 1)
     smallest = jnp.full(A.shape[2:], jnp.inf, Q.dtype)
 
     def eliminate(k, carry):
-        A, smallest = carry
-        return _sweep(A, k), jnp.minimum(smallest, A[k, k] * relative[k])
+        A, inverse, smallest = carry
+        pivot = A[k, k]
+        below = (jnp.arange(m) > k).reshape((m,) + (1,) * (A.ndim - 2))
+        factor = jnp.where(below, A[:, k] / pivot, 0)
+        row = A[k, m:]
+        inverse = inverse + row[:, None] * (row / pivot)
+        return A - factor[:, None] * A[k], inverse, jnp.minimum(smallest, pivot * relative[k])
 
+    carry = A, jnp.zeros_like(Q), smallest
     if m <= _MAX_UNROLLED:
         for k in range(m):
-            A, smallest = lanes.materialize(functools.partial(eliminate, k), (A, smallest))
+            carry = lanes.materialize(functools.partial(eliminate, k), carry)
     else:
-        A, smallest = lax.fori_loop(0, m, eliminate, (A, smallest))
-    return jnp.where(both, -A, 0), smallest
+        carry = lax.fori_loop(0, m, eliminate, carry)
+    _, inverse, smallest = carry
+    return jnp.where(both, inverse, 0), smallest
 
 
 def smallest_pivot(Q: Array, free: Array, scale: Array) -> Array:
@@ -62,19 +73,80 @@ def smallest_pivot(Q: Array, free: Array, scale: Array) -> Array:
     return jnp.min(jnp.stack(pivots) * relative, axis=0)
 
 
-def _sweep(A, k):
-    here = (jnp.arange(A.shape[0]) == k).reshape((-1,) + (1,) * (A.ndim - 1))
-    row, column = here, here.reshape((1, -1) + (1,) * (A.ndim - 2))
-    reciprocal = 1 / A[k, k]
-    scaled = A[k] * reciprocal
-    rest = A - A[:, k, None] * scaled
-    return jnp.where(
-        row & column,
-        -reciprocal,
-        jnp.where(row, scaled, jnp.where(column, scaled[:, None], rest)),
-    )
-
-
 def definite_threshold(dtype) -> float:
     """Pivots below this share of the terms they were computed from have no sign."""
     return 16 * lanes.eps(dtype)
+
+
+def convex_inverse(Q: Array, free: Array, scale: Array, plain: Array) -> tuple[Array, Array, Array]:
+    """``masked_inverse`` of Q + diag(shift), positive definite; that shift [m], and Q's smallest
+    pivot. Nothing is shifted where ``plain``.
+
+    A pivot that is not positive is replaced by its absolute value: a direction of negative
+    curvature gets the same positive one.
+
+    Source: Gill, Murray and Wright 1981, Practical Optimization, 4.4.2.
+    """
+    m = free.shape[0]
+    both = free[:, None] & free[None, :]
+    eye = jnp.broadcast_to(lanes.identity(m, Q.ndim - 2).astype(Q.dtype), Q.shape)
+    A = jnp.concatenate([jnp.where(both, Q, eye), eye], axis=1)
+    scale = jnp.where(free & (scale > 0), scale, 1)
+    threshold, least = definite_threshold(Q.dtype), lanes.eps(Q) ** 0.5
+
+    def eliminate(k, carry):
+        A, inverse, smallest, shift = carry
+        pivot = A[k, k]
+        small = ~(pivot > threshold * scale[k]) & ~plain
+        lifted = jnp.where(small, jnp.maximum(jnp.abs(pivot), least * scale[k]), pivot)
+        rows = jnp.arange(m).reshape((m,) + (1,) * (A.ndim - 2))
+        factor = jnp.where(rows > k, A[:, k] / lifted, 0)
+        row = A[k, m:]
+        inverse = inverse + row[:, None] * (row / lifted)
+        shift = jnp.where(rows == k, lifted - pivot, shift)
+        smallest = jnp.minimum(smallest, pivot / scale[k])
+        return A - factor[:, None] * A[k], inverse, smallest, shift
+
+    smallest = jnp.full(Q.shape[2:], jnp.inf, Q.dtype)
+    carry = A, jnp.zeros_like(Q), smallest, jnp.zeros_like(scale)
+    if m <= _MAX_UNROLLED:
+        for k in range(m):
+            carry = lanes.materialize(functools.partial(eliminate, k), carry)
+    else:
+        carry = lax.fori_loop(0, m, eliminate, carry)
+    _, inverse, smallest, shift = carry
+    return jnp.where(both, inverse, 0), jnp.where(free, shift, 0), smallest
+
+
+@lanes.any_rank
+def convex_part(H: Array, sizes: Array) -> Array:
+    """H + diag(E), positive definite, for symmetric H [k, k] in variables of the given sizes [k].
+
+    What is definite already stays as it is, and E is of the size of H's negative curvature.
+
+    Source: Gill, Murray and Wright 1981, Practical Optimization, 4.4.2.2.
+    """
+    k = H.shape[0]
+    sizes = jnp.where(sizes > 0, sizes, 1)
+    A = H * sizes[:, None] * sizes
+    eye = lanes.identity(k, A.ndim - 2)
+    largest = jnp.max(jnp.abs(jnp.where(eye, A, 0)), axis=(0, 1))
+    beside = jnp.max(jnp.abs(jnp.where(eye, 0, A)), axis=(0, 1))
+    bound = jnp.maximum(largest, beside / max(1.0, (k**2 - 1.0) ** 0.5))
+    least = lanes.eps(A) ** 0.5 * jnp.maximum(largest, beside)
+    rows = jnp.arange(k).reshape((k,) + (1,) * (A.ndim - 2))
+
+    def eliminate(j, carry):
+        A, E = carry
+        row = lax.dynamic_index_in_dim(A, j, 0, keepdims=False)
+        pivot = lax.dynamic_index_in_dim(row, j, 0, keepdims=False)
+        after = jnp.where(rows > j, row, 0)
+        most = jnp.max(jnp.abs(after), axis=0)
+        lifted = jnp.maximum(jnp.abs(pivot), most**2 / jnp.where(bound > 0, bound, 1))
+        lifted = jnp.maximum(lifted, least)
+        E = jnp.where(rows == j, lifted - pivot, E)
+        # A block of zeros stays what it is.
+        return A - after[:, None] * (after / jnp.where(lifted > 0, lifted, 1)), E
+
+    _, E = lax.fori_loop(0, k, eliminate, (A, jnp.zeros_like(A[0])))
+    return H + lanes.diagonal_matrix(jnp.maximum(E, 0) / sizes**2)

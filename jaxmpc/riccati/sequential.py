@@ -103,3 +103,37 @@ def substitute(factors: Factors, F: Array, rhs: Rhs) -> tuple[Point, Array]:
     affine = jnp.concatenate([v, rhs.c_final[None]])
     costate = jax.vmap(lanes.matvec)(factors.V, x) + affine
     return Point(x, u, costate, no_multipliers(rhs)), k
+
+
+@lanes.any_rank
+def row_freedom(factors: Factors, F: Array, G: Rows) -> tuple[Rows, Array]:
+    """How far each row gives way to a unit of its multiplier: diag(G H⁻¹ Gᵀ), H the Hessian of the
+    LQR that the factors are of, among its plans.
+
+    That is the variance of G z where every control is off its feedback by noise of covariance
+    Quu⁻¹: x_0 = 0, u = K x + w (the plans of an LQR as a Gauss-Markov process; Kailath, Sayed and
+    Hassibi 2000, Linear Estimation, chapter 15). The second is the largest variance of each state
+    and control [n+m], likewise.
+    """
+
+    def variances(G, covariance):
+        return lanes.sum_of(
+            G[:, i] * lanes.matvec(G, covariance[i]) for i in range(covariance.shape[0])
+        )
+
+    def stage(of_x, data):
+        K, Quu_inv, F, G = data
+        of_ux = lanes.materialize(lanes.matmul, K, of_x)
+        of_u = lanes.materialize(
+            lambda of_ux, K, Quu_inv: lanes.matmul(of_ux, lanes.transpose(K)) + Quu_inv,
+            of_ux, K, Quu_inv,
+        )  # fmt: skip
+        upper = jnp.concatenate([of_x, lanes.transpose(of_ux)], axis=1)
+        of_z = jnp.concatenate([upper, jnp.concatenate([of_ux, of_u], axis=1)])
+        F_of_z = lanes.materialize(lanes.matmul, F, of_z)
+        of_x = lanes.materialize(lambda a, F: lanes.matmul(a, lanes.transpose(F)), F_of_z, F)
+        return of_x, (variances(G, of_z), lanes.diagonal(of_z))
+
+    data = factors.K, factors.Quu_inv, F, G.stage
+    of_x, (stages, of_z) = lax.scan(stage, jnp.zeros_like(factors.V[0]), data)
+    return Rows(stages, variances(G.final, of_x)), jnp.max(of_z, axis=0)
