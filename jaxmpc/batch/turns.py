@@ -23,12 +23,12 @@ def in_turns(size: int, width: int, take, start, step, running, report):
       start: (data, wanted [width]) -> the state to begin with; not running where not ``wanted``.
       step: (data, state) -> the next state of the lanes that run; the others stay as they are.
       running: (state) -> bool [width].
-      report: (state) -> a pytree of arrays with the lanes on the last axis.
+      report: (data, state) -> a pytree of arrays with the lanes on the last axis.
     """
     index = jnp.full(width, size, jnp.int32)  # of the problem that a lane works on; `size` for none
     data = jax.eval_shape(take, index)
     state = jax.eval_shape(start, data, index < size)
-    reported = jax.eval_shape(report, state)
+    reported = jax.eval_shape(report, data, state)
     leaves, treedef = jax.tree.flatten(reported)
     # Wide enough for the counts among what is reported.
     floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -50,7 +50,7 @@ def in_turns(size: int, width: int, take, start, step, running, report):
         )
         done = ~running(state)
         # One array for everything that is reported: the rows are scattered once.
-        flat = [a.reshape(-1, width).astype(dtype) for a in jax.tree.leaves(report(state))]
+        flat = [a.reshape(-1, width).astype(dtype) for a in jax.tree.leaves(report(data, state))]
         rows = rows.at[jnp.where(done, index, size)].set(jnp.concatenate(flat).T, mode="drop")
         return state, jnp.where(done, size, index), upcoming, rows
 

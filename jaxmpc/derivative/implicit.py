@@ -31,7 +31,7 @@ from jaxmpc.problem.prices import Prices, RowState, add_curvature, slopes
 from jaxmpc.problem.problem import Data, Problem, Theta
 from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual
 from jaxmpc.riccati.kkt import METHODS, Method, adjoint_cotangent, adjoint_rhs, kkt_solve
-from jaxmpc.riccati.point import Point, Rhs
+from jaxmpc.riccati.point import Point, Rhs, Rows
 from jaxmpc.solver.linearization import Linearization
 from jaxmpc.types import Options, Solution, Status
 
@@ -92,7 +92,8 @@ def _with_derivatives(
     # differentiate at, another one has to stand in.
     point = Point(solution.x, solution.u, solution.costate, solution.multipliers)
     safe, theta, prices = stand_in(solved, (point, data.theta, data.prices))
-    free, state = solution.free, linearization.state
+    # The pieces that its rows are on belong to its own point and prices.
+    free, state = solution.free, zeros_unless(solved, linearization.state)
 
     at, found = (safe, theta, prices), zeros_unless(used, linearization)
     system, bound_multiplier = _kkt_system(problem, data, options, at, found, free, state)
@@ -106,8 +107,9 @@ def _with_derivatives(
     )
     moving = lanes.select(solved, moving, safe)
     K = _tied_gains(
-        problem, method, solution.K, (moving, theta, prices), state, linearization.rho, free, policy
-    )
+        problem, method, solution.K, (moving, theta, prices), state, linearization.weights, free,
+        policy,
+    )  # fmt: skip
     g = constraint_values(problem, theta, moving.x, moving.u)
     found = slopes(g, state._replace(multiplier=moving.multiplier), prices)
     multipliers = lanes.select(solved, by_policy(found, policy), solution.multipliers)
@@ -140,7 +142,7 @@ def _kkt_system(
         return None, *vjp(cotangent)
 
     C, F, C_final, G, bound_multiplier = tied(pull, moves=False)(found, state, safe, theta, prices)
-    rows = ActiveRows(G, state.active, linearization.rho)
+    rows = ActiveRows(G, state.active, linearization.weights)
     factors = linearization.factors
     if not exact:
         C_, F_, C_final_, rows_ = lax.stop_gradient((C, F, C_final, rows))
@@ -198,23 +200,23 @@ def _tied_gains(
     K: Array,
     at: tuple[Point, Theta, Prices],
     state: RowState,
-    rho: Array,
+    weights: Rows,
     free: Array,
     policy: Policy,
 ) -> Array:
     """The gains, as the function that the recursion is of the matrices, and these of the point."""
     factorize, _ = method.recursion
 
-    def pull(cotangent, K, at, state, rho, free, policy):
+    def pull(cotangent, K, at, state, weights, free, policy):
         def gains(point, theta, prices):
             C, F, C_final, G, _ = lagrangian.matrices(problem, theta, prices, point, state)
-            C, C_final = penalised(C, C_final, ActiveRows(G, state.active, rho))
+            C, C_final = penalised(C, C_final, ActiveRows(G, state.active, weights))
             return factorize(C, F, C_final, free).K
 
         _, vjp = jax.vjp(gains, *at)
         return vjp(policy(cotangent)), None, None, None, None
 
-    return tied(pull, moves=False)(K, at, state, rho, free, policy)
+    return tied(pull, moves=False)(K, at, state, weights, free, policy)
 
 
 @jax.custom_jvp

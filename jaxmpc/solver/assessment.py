@@ -9,9 +9,8 @@ from jax import Array
 
 from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import Expansion, FirstOrder, first_order
-from jaxmpc.problem.prices import RowState
 from jaxmpc.problem.problem import Data
-from jaxmpc.solver import augmented
+from jaxmpc.riccati.point import Rows
 from jaxmpc.solver.box_qp import clamped
 from jaxmpc.solver.iterate import Iterate
 from jaxmpc.types import Options
@@ -21,46 +20,34 @@ class Assessment(NamedTuple):
     """An iterate held against the first-order conditions."""
 
     first: FirstOrder
-    state: RowState
     gradient: Array  # [T, m], ∇_u of the Lagrangian
     clamped: Array  # [T, m], the controls that a bound holds against the gradient
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
-    stationary: Array  # that, over the terms that cancel in it
-    gap: Array  # how far the constraints are from feasible and complementary
-    size: Array  # of the terms that cancel in the constraints, at least 1
-    relative: Array  # ``stationary``, or gap over size if that is larger
+    relative: Array  # that, over the terms that cancel in it
     finite: Array
 
 
-def assess(data: Data, at: Iterate, expanded: Expansion) -> Assessment:
-    """Hold an iterate against the first-order conditions."""
+def assess(data: Data, at: Iterate, expanded: Expansion, multipliers: Rows) -> Assessment:
+    """Hold an iterate against the first-order conditions, with the multipliers of the rows."""
     u, lower, upper = at.u, data.u_lower, data.u_upper
-    state = augmented.state(at.g, at.penalty, data.prices)
-    first = first_order(expanded, state.multiplier)
+    first = first_order(expanded, multipliers)
     gradient = first.control_cost + first.control_pull
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
     residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
     terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
-    stationary = residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1)))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
-    gap = augmented.gap(state, at.penalty)
-    size = jnp.maximum(1, augmented.size(expanded.G, at.x, u))
     # What is not finite in F, c or G makes the gradients so, be it multiplied by 0.
-    shown = (at.x, at.costs, at.g, first.costate, gradient)
+    shown = (at.x, at.costs, first.costate, gradient)
     return Assessment(
         first=first,
-        state=state,
         gradient=gradient,
         clamped=held,
-        kkt_residual=jnp.maximum(projected, gap),
+        kkt_residual=projected,
         residual=residual,
-        stationary=stationary,
-        gap=gap,
-        size=size,
-        relative=jnp.maximum(stationary, gap / size),
+        relative=residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1))),
         finite=all_finite(shown, residual.ndim),
     )
 

@@ -4,14 +4,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.problem.expansions import Expansion
 from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.pivots import definite_threshold
-from jaxmpc.riccati.rows import add_squares
 from jaxmpc.riccati.sequential import Factors
-from jaxmpc.solver import augmented
 from jaxmpc.solver.assessment import Assessment
-from jaxmpc.solver.iterate import Iterate, merits
+from jaxmpc.solver.iterate import Iterate
 from jaxmpc.solver.line_search import Step
 
 # The power 2¹⁰: what is left of an eigenvalue that is smaller by a percent is e⁻¹⁰.
@@ -19,13 +16,7 @@ _SQUARINGS = 10
 
 
 def along_negative_curvature(
-    data: Data,
-    at: Iterate,
-    here: Assessment,
-    expanded: Expansion,
-    H: Array,
-    rho: Array,
-    factors: Factors,
+    data: Data, at: Iterate, here: Assessment, F: Array, H: Array, factors: Factors
 ) -> Step:
     """A step away from a saddle: at the last stage whose Q_uu is not positive definite, along a
     direction of negative curvature, with the later stages answering by their feedback."""
@@ -34,8 +25,6 @@ def along_negative_curvature(
     bad = ~(factors.curvature > definite_threshold(at.u.dtype))
     last = T - 1 - jnp.argmax(bad[::-1], axis=0)
     stage = jnp.arange(T).reshape((T,) + (1,) * len(batch))
-    weights = augmented.weights(here.state, rho, data.prices, jnp.bool_(False))
-    H, _ = add_squares(H, expanded.C_final, expanded.G, weights)
     at_last, later = stage == last, stage > last  # [T]
 
     def pick(a):
@@ -43,14 +32,14 @@ def along_negative_curvature(
         there = at_last.reshape((T,) + (1,) * (a.ndim - at_last.ndim) + tuple(batch))
         return jnp.sum(jnp.where(there, a, 0), axis=0)
 
-    B, V = pick(expanded.F[:, :, n:]), pick(factors.V[1:])
+    B, V = pick(F[:, :, n:]), pick(factors.V[1:])
     Quu = pick(H[:, n:, n:]) + lanes.matmul_t(B, lanes.matmul(V, B))
     direction = negative_direction(Quu, jnp.any(at_last[:, None] & ~here.clamped, axis=0))
     lower, upper = pick(data.u_lower), pick(data.u_upper)
     # Without bounds, the length at which the curvature would have used up the objective.
     curvature = -lanes.dot(direction, lanes.matvec(Quu, direction))
     curvature = jnp.maximum(curvature, jnp.finfo(at.u.dtype).tiny)
-    natural = jnp.sqrt(jnp.sum(jnp.abs(merits(at, data.prices)), axis=0) / curvature)
+    natural = jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0) / curvature)
     natural = jnp.where(natural > 0, natural, jnp.maximum(1, jnp.abs(pick(at.u))))
     width = jnp.where(jnp.isfinite(upper - lower), upper - lower, natural)
     # The longest step that keeps every control within its width.

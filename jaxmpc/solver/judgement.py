@@ -1,4 +1,4 @@
-"""What a trip of the loop makes of its iterate: go on from it, go back, or stop there.
+"""What a trip makes of its iterate: go on from it, go back, or stop there.
 
 Every field is a bool for each problem.
 """
@@ -12,7 +12,6 @@ from jaxmpc.batch import lanes
 from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.sequential import Factors
 from jaxmpc.solver.assessment import Assessment
-from jaxmpc.solver.iterate import Iterate
 from jaxmpc.types import Status
 
 RUNNING = -1  # the status of a problem that goes on
@@ -28,13 +27,11 @@ class Judgement(NamedTuple):
     settled: Array  # on this way there is nothing more to gain
     back: Array  # the step that led here was for the worse: the iterate before is the one
     out_of_time: Array
-    infeasible: Array  # no small change of the controls lessens the violation of the constraints
     certify: Array  # this may be the last trip: the exact KKT matrix of the active set, no step
 
 
 def judge(
     here: Assessment,
-    at: Iterate,
     residual_before: Array,
     *,
     running: Array,
@@ -50,11 +47,8 @@ def judge(
     small = here.finite & (here.relative <= tolerance)
     there = small & (here.relative <= goal)
     # A step that changed the objective by rounding only has to halve the residual, or there is
-    # nothing more to gain on this way; it has to lower it at all to be kept. Nor is an update of
-    # the multipliers worth another that does not halve a gap that is small already.
-    halved = here.residual < 0.5 * residual_before
-    lingers = (here.gap > goal * here.size) & ~(here.gap < 0.5 * at.penalty.gap)
-    settled = (noisy & ~halved) | (moved & small & lingers)
+    # nothing more to gain on this way; it has to lower it at all to be kept.
+    settled = noisy & ~(here.residual < 0.5 * residual_before)
     worse = noisy & ~there & ~(here.residual < residual_before)
     return Judgement(
         moved=moved,
@@ -63,7 +57,6 @@ def judge(
         settled=settled,
         back=moved & ~finish & (~here.finite | worse),
         out_of_time=out_of_time,
-        infeasible=jnp.zeros_like(small),
         certify=~running | there | (small & settled) | finish | out_of_time,
     )
 
@@ -77,14 +70,14 @@ class Verdict(NamedTuple):
     stop: Array  # no step from here
 
 
-def conclude(judged: Judgement, factors: Factors, running: Array, saddle: Array) -> Verdict:
-    """``saddle``: where an indefinite matrix is to be left even before the last trip."""
+def conclude(judged: Judgement, factors: Factors, running: Array) -> Verdict:
     threshold = definite_threshold(factors.curvature.dtype)
     definite = lanes.every(factors.curvature > threshold)
-    converged = judged.finite & judged.certify & judged.small & definite
+    stationary = judged.finite & judged.certify & judged.small
+    converged = stationary & definite
     stuck = judged.certify & ~judged.small
     return Verdict(
-        escape=running & judged.finite & ~definite & ((judged.certify & judged.small) | saddle),
+        escape=running & stationary & ~definite,
         converged=converged,
         stuck=stuck,
         stop=~judged.finite | judged.back | converged | stuck | judged.out_of_time,
@@ -98,7 +91,6 @@ def status(judged: Judgement, verdict: Verdict, exhausted: Array) -> Array:
     ends = {
         Status.NONFINITE: ~judged.finite & ~judged.moved,
         Status.CONVERGED: verdict.converged & stays,
-        Status.INFEASIBLE: judged.infeasible & stays,
         Status.INDEFINITE: judged.small & verdict.escape & stays & nowhere_to_go,
         Status.MAX_ITERATIONS: judged.out_of_time & stays,
         Status.STALLED: verdict.stuck & stays,

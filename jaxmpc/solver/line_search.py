@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
+from jaxmpc.problem.expansions import stage_costs
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.stages import transition
-from jaxmpc.solver.iterate import Iterate, evaluated, merits
+from jaxmpc.solver.iterate import Iterate
 
 _MAX_TRIES = 6  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
@@ -50,7 +51,7 @@ def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Arra
     along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, stages)
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
-    return evaluated(problem, data, u_new, x_new, at.penalty)
+    return Iterate(u_new, x_new, stage_costs(problem, data.theta, x_new, u_new))
 
 
 def line_search(
@@ -70,10 +71,9 @@ def line_search(
     """
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
-    merit = merits(at, data.prices)
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
-    hopeless = escape | (jnp.abs(decrease) <= lanes.eps(noise) * jnp.sum(jnp.abs(merit), axis=0))
+    hopeless = escape | (jnp.abs(decrease) <= lanes.eps(noise) * jnp.sum(jnp.abs(at.costs), axis=0))
     max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
 
     def unfinished(carry):
@@ -86,7 +86,7 @@ def line_search(
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
         new = take_step(problem, data, at, step, alpha)
-        change = jnp.sum(merits(new, data.prices) - merit, axis=0)
+        change = jnp.sum(new.costs - at.costs, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)

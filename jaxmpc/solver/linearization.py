@@ -7,26 +7,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.problem.expansions import Expansion
-from jaxmpc.problem.prices import RowState, largest_violation, slack_price
+from jaxmpc.problem.prices import RowState
 from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.point import Rows
 from jaxmpc.riccati.sequential import Factors
 from jaxmpc.solver.assessment import Assessment
-from jaxmpc.solver.iterate import Iterate
 from jaxmpc.types import Options
 
 
 class Linearization(NamedTuple):
     """The first-order conditions around a point: what their derivative needs."""
 
-    factors: Factors  # of the exact KKT matrix, with ρ GᵀG of the active rows in it
+    factors: Factors  # of the exact KKT matrix, with GᵀWG of the active rows in it
     hessian: Array  # [T, n+m, n+m], the one that ``Options.backward_hessian`` names
     F: Array  # [T, n, n+m]
     C_final: Array  # [n, n], likewise
     gradient: Array  # [T, m], ∇_u of the Lagrangian
     G: Rows
     state: RowState
-    rho: Array
+    weights: Rows  # W, positive where a row is active
 
 
 class Evaluation(NamedTuple):
@@ -42,16 +41,16 @@ class Evaluation(NamedTuple):
 
 def evaluation(
     data: Data,
-    at: Iterate,
     here: Assessment,
     expanded: Expansion,
     H: Array,
     H_final: Array,
-    rho: Array,
     factors: Factors,
     options: Options,
 ) -> Evaluation:
+    """That of an iterate of a problem without rows."""
     exact = options.backward_hessian == "exact"
+    none = jnp.zeros_like(here.kkt_residual)
     return Evaluation(
         costate=here.first.costate,
         free=~here.clamped,
@@ -63,24 +62,23 @@ def evaluation(
             C_final=H_final if exact else expanded.C_final,
             gradient=here.gradient,
             G=expanded.G,
-            state=here.state,
-            rho=rho,
+            state=_inactive(data.multipliers),
+            weights=data.multipliers,
         ),
-        price=slack_price(at.g, data.prices),
-        violation=largest_violation(at.g, data.prices),
+        price=none,
+        violation=none,
     )
 
 
-def no_evaluation(at: Iterate) -> Evaluation:
+def no_evaluation(x: Array, u: Array, g: Rows) -> Evaluation:
     """Room for that of the first trip."""
-    T, m, *batch = at.u.shape
-    n = at.x.shape[1]
-    p, q = at.g.stage.shape[1], at.g.final.shape[0]
+    T, m, *batch = u.shape
+    n = x.shape[1]
+    p, q = g.stage.shape[1], g.final.shape[0]
 
     def zeros(*shape):
-        return jnp.zeros((*shape, *batch), at.x.dtype)
+        return jnp.zeros((*shape, *batch), x.dtype)
 
-    no = jax.tree.map(lambda g: jnp.zeros(g.shape, bool), at.g)
     return Evaluation(
         costate=zeros(T + 1, n),
         free=zeros(T, m) > 0,
@@ -92,9 +90,14 @@ def no_evaluation(at: Iterate) -> Evaluation:
             C_final=zeros(n, n),
             gradient=zeros(T, m),
             G=Rows(zeros(T, p, n + m), zeros(q, n)),
-            state=RowState(jax.tree.map(jnp.zeros_like, at.g), no, no),
-            rho=zeros(),
+            state=_inactive(g),
+            weights=jax.tree.map(jnp.zeros_like, g),
         ),
         price=zeros(),
         violation=zeros(),
     )
+
+
+def _inactive(rows: Rows) -> RowState:
+    no = jax.tree.map(lambda a: jnp.zeros(a.shape, bool), rows)
+    return RowState(jax.tree.map(jnp.zeros_like, rows), no, no)

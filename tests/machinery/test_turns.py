@@ -105,7 +105,7 @@ def test_every_problem_is_worked_on_once_and_to_its_end(size):
     """Countdowns of different lengths: what is reported is each one's own."""
     lengths = jnp.asarray(np.random.default_rng(size).integers(0, 30, size), jnp.float32)
 
-    def report(state):
+    def report(data, state):
         left, steps = state
         return {"steps": steps, "left": jnp.stack([left, -left])}
 

@@ -1,0 +1,163 @@
+"""Control-limited differential dynamic programming, for problems without rows (Algorithm 2).
+
+A trip evaluates the iterate and judges it; then it stops there, or proposes a step and searches for
+its length. So what a solution reports was computed at the very point that it returns.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxmpc.batch import lanes
+from jaxmpc.problem.expansions import expand, hessians
+from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.solver.assessment import all_finite, assess, tolerances
+from jaxmpc.solver.escape import along_negative_curvature
+from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
+from jaxmpc.solver.judgement import CROSSED, RUNNING, conclude, judge, status
+from jaxmpc.solver.line_search import line_search
+from jaxmpc.solver.linearization import Evaluation, Linearization, evaluation, no_evaluation
+from jaxmpc.solver.propose import propose
+from jaxmpc.types import Options, Solution, Status
+
+# Relative to the curvature: where it begins once a step has failed, and what counts as none at all.
+_FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
+_FACTOR = 10.0  # by which it grows and falls
+_SHORT = 0.2  # a step that had to be shortened so much means a model that needs regularization
+
+
+class Search(NamedTuple):
+    """The carry of the loop."""
+
+    at: Iterate
+    evaluation: Evaluation  # of the iterate that the last trip began with
+    before: Iterate  # from which a step led here
+    residual_before: Array
+    regularization: Array
+    noisy: Array  # that step changed the objective by rounding only
+    finish: Array  # nothing is left to try: evaluate the iterate and stop
+    iterations: Array
+    status: Array
+
+
+def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Search:
+    lower, upper = data.u_lower, data.u_upper
+    first = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
+    nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
+    feasible = lanes.every(lower <= upper, 2)
+    return Search(
+        at=first,
+        evaluation=no_evaluation(first.x, first.u, data.multipliers),
+        before=first,
+        residual_before=nan,
+        regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
+        noisy=~wanted,
+        finish=~wanted,
+        iterations=jnp.zeros(wanted.shape, jnp.int32),
+        status=jnp.where(wanted & feasible, RUNNING, CROSSED).astype(jnp.int32),
+    )
+
+
+def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
+    """Evaluate the iterate of every running problem; stop there, or move on."""
+    dtype = data.x_init.dtype
+    tolerance, goal = tolerances(options, dtype)
+    running, at = s.status == RUNNING, s.at
+
+    # Evaluate.
+    expanded = expand(problem, data.theta, at.x, at.u)
+    here = assess(data, at, expanded, data.multipliers)
+
+    # Judge.
+    judged = judge(
+        here, s.residual_before, running=running, moved=s.iterations > 0, noisy=s.noisy,
+        finish=s.finish, out_of_time=s.iterations >= options.max_iterations, tolerance=tolerance,
+        goal=goal,
+    )  # fmt: skip
+    costate = here.first.costate
+    H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
+    finite = here.finite & all_finite((H, H_final), running.ndim)
+    back = judged.back | (judged.moved & ~s.finish & ~finite)
+    judged = judged._replace(finite=finite, back=back)
+
+    # Propose. The factors of the last trip are those of the derivative's linear system.
+    near = _within_reach(data, at, options)
+    step, factors = propose(
+        near, at, here, expanded, H, H_final, options, s.regularization, judged.certify
+    )
+    verdict = conclude(judged, factors, running)
+    away = functools.partial(along_negative_curvature, near, at, here, expanded.F, H, factors)
+    step = lax.cond(
+        jnp.any(verdict.escape),
+        lambda: lanes.select(verdict.escape, away(), step),
+        lambda: step,
+    )
+
+    # Search.
+    noise = rounding(at, costate)
+    decay = jnp.asarray(options.line_search_decay, dtype)
+    wanted = running & ~verdict.stop
+    new, length = line_search(problem, near, at, step, verdict.escape, wanted, noise, decay)
+
+    # Record.
+    moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
+    raised = jnp.maximum(s.regularization * _FACTOR, _FIRST_REGULARIZATION)
+    lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization / _FACTOR, 0)
+    too_much = raised > _MAX_REGULARIZATION
+    exhausted = (failed & (length.hopeless | too_much)) | (judged.back & too_much)
+    raise_it = failed | (moves & (length.alpha < _SHORT))
+    raise_it |= (judged.back & ~judged.finite) | (judged.settled & ~judged.small)
+    lower_it = moves & ~length.noisy & (length.alpha == 1)
+    after = Search(
+        at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
+        evaluation=evaluation(data, here, expanded, H, H_final, factors, options),
+        before=lanes.select(moves, at, s.before),
+        residual_before=jnp.where(moves, here.residual, s.residual_before),
+        regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
+        noisy=moves & length.noisy,
+        finish=(judged.back & judged.small) | (exhausted & ~verdict.escape),
+        iterations=s.iterations + jnp.where(verdict.stop, 0, 1),
+        status=status(judged, verdict, exhausted),
+    )
+    # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
+    # point that stays: their evaluation comes out the same again, and the largest arrays need no
+    # selection.
+    return lanes.select(running, after, s._replace(evaluation=after.evaluation))
+
+
+def report(data: Data, end: Search) -> tuple[Solution, Linearization]:
+    """The solution, and the linearization at its point."""
+    crossed = end.status == CROSSED
+    costate, free, kkt_residual, linearization, _, violation = end.evaluation
+    costate, free, kkt_residual, linearization = jax.tree.map(
+        lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
+        (costate, free, kkt_residual, linearization),
+    )
+    solution = Solution(
+        x=end.at.x,
+        u=end.at.u,
+        costate=costate,
+        K=linearization.factors.K,
+        free=free,
+        objective=jnp.sum(end.at.costs, axis=0),
+        kkt_residual=kkt_residual,
+        iterations=end.iterations,
+        status=jnp.where(crossed, Status.INFEASIBLE, end.status).astype(jnp.int32),
+        multipliers=linearization.state.multiplier,
+        violation=violation,
+    )
+    return solution, linearization
+
+
+def _within_reach(data: Data, at: Iterate, options: Options) -> Data:
+    """The bounds of the next step."""
+    reach = options.trust_region
+    if reach is None:
+        return data
+    return data._replace(
+        u_lower=jnp.maximum(data.u_lower, at.u - reach),
+        u_upper=jnp.minimum(data.u_upper, at.u + reach),
+    )
