@@ -20,6 +20,7 @@ from jaxmpc.types import (
     Slack,
     Solution,
     Status,
+    Violations,
 )
 from jaxmpc.unrolled import ilqr_unrolled
 
@@ -37,6 +38,7 @@ __all__ = [
     "Slack",
     "Solution",
     "Status",
+    "Violations",
     "certify",
     "check_gradients",
     "ilqr_box",

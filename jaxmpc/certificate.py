@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxmpc.problem.expansions import expand, hessians
-from jaxmpc.problem.prices import add_curvature, margins
+from jaxmpc.batch import lanes
+from jaxmpc.problem.expansions import Expansion, constraint_values, expand, hessians
+from jaxmpc.problem.prices import Prices, RowState, add_curvature, margins, slopes
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.trace import trace
-from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual
+from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual, sizes
 from jaxmpc.riccati.kkt import SEQUENTIAL, adjoint_rhs, kkt_solve
 from jaxmpc.riccati.pivots import definite_threshold
-from jaxmpc.riccati.point import Point, Rhs, Rows, z_of
-from jaxmpc.riccati.rows import add_pull
-from jaxmpc.solver import augmented
+from jaxmpc.riccati.point import Point, Rhs, Rows
+from jaxmpc.riccati.rows import largest, per_row
+from jaxmpc.riccati.sequential import row_freedom
 from jaxmpc.solver.assessment import assess
 from jaxmpc.solver.iterate import new_iterate
 from jaxmpc.types import Constraints, Cost, Dynamics, Solution, TerminalCost
@@ -52,8 +53,9 @@ class Certificate:
         Near 0: plans far apart cost nearly the same and gradients are huge. Give the controls a
         larger weight.
       adjoint_residual: of the linear system that the backward pass solves, for a cotangent with
-        random signs, relative to its terms. Large beside the accuracy of the dtype: a horizon too
-        long or a system too stiff for it. Take float64.
+        random signs: the relative error of its states, controls, costates and multipliers, as far
+        as solving for the residual once more shows it. Large beside the accuracy of the dtype: a
+        horizon too long or a system too stiff for it. Take float64.
     """
 
     kkt_residual: Array
@@ -117,28 +119,63 @@ def certify(
 def _certify(problem: Problem, data: Data) -> Certificate:
     at = new_iterate(problem, data, data.u_init)
     expanded = expand(problem, data.theta, at.x, at.u)
-    penalty, (largest_rho, _) = augmented.begin(at.penalty, expanded)
-    at = at._replace(penalty=penalty)
-    here = assess(data, at, expanded)
-    state, costate = here.state, here.first.costate
+    g = constraint_values(problem, data.theta, at.x, at.u)
+    stiffness = _stiffness(expanded)
+    state = _row_state(g, data.multipliers, stiffness, data.prices)
+    here = assess(data, at, expanded, state.multiplier)
+    costate = here.first.costate
     H, C_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, state.multiplier)
     H, C_final = add_curvature(H, C_final, expanded.G, state, data.prices)
     free, lower, upper = ~here.clamped, data.u_lower, data.u_upper
-    rows = ActiveRows(expanded.G, state.active, largest_rho)
+    weights = per_row(lambda stiffness: stiffness / lanes.eps(at.u) ** 0.5, stiffness)
+    rows = ActiveRows(expanded.G, state.active, weights)
     C, C_final_penalised = penalised(H, C_final, rows)
     factors = SEQUENTIAL.factorize(C, expanded.F, C_final_penalised, free)
     system = System(factors, H, expanded.F, C_final, free, rows)
 
     multiplier = jnp.where(free | (lower == upper), jnp.inf, jnp.abs(here.gradient))
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
-    of_rows = margins(at.g, state, data.prices)
+    of_rows = margins(g, state, data.prices)
+    missed = per_row(lambda g, active: jnp.where(active, jnp.abs(g), 0), g, state.active)
     return Certificate(
-        kkt_residual=here.kkt_residual,
+        kkt_residual=jnp.maximum(here.kkt_residual, largest(missed)),
         multiplier=jnp.minimum(jnp.min(multiplier), of_rows[0]),
         slack=jnp.minimum(jnp.min(slack), of_rows[1]),
         curvature=_smallest_curvature(system, at.u),
         adjoint_residual=_adjoint_residual(system, at.x, at.u),
     )
+
+
+def _stiffness(expanded: Expansion) -> Rows:
+    """How much of its multiplier each row takes to move by 1, with all controls free."""
+    _, C, F, _, C_final, G = expanded
+    if not G.num:
+        return G
+    n, m = F.shape[1], F.shape[2] - F.shape[1]
+    # Rounding of the largest price, for controls that nothing prices.
+    least = lanes.eps(C) * jnp.maximum(jnp.max(jnp.abs(C)), jnp.max(jnp.abs(C_final)))
+    C = C.at[:, n:, n:].add(least * jnp.eye(m, dtype=C.dtype))
+    free = jnp.ones((len(F), m), bool)
+    freedom = row_freedom(SEQUENTIAL.factorize(C, F, C_final, free), F, G)[0]
+
+    def inverse(freedom: Array) -> Array:
+        usable = (freedom != 0) & jnp.isfinite(freedom)
+        return 1 / jnp.where(usable, jnp.abs(freedom), 1)
+
+    stiffness: Rows = per_row(inverse, freedom)
+    return stiffness
+
+
+def _row_state(g: Rows, multipliers: Rows, stiffness: Rows, prices: Prices) -> RowState:
+    """The pieces that the rows are on, by the multiplier that would close what they miss."""
+    wanted = per_row(lambda nu, g, stiffness: nu + stiffness * g, multipliers, g, stiffness)
+    active = per_row(
+        lambda nu, lower, linear: (nu > lower) & (nu <= linear),
+        wanted, prices.lower, prices.linear, dtype=bool,
+    )  # fmt: skip
+    beyond = per_row(jnp.greater, wanted, prices.linear, dtype=bool)
+    state = RowState(multipliers, active, beyond)
+    return state._replace(multiplier=slopes(g, state, prices))
 
 
 def _smallest_curvature(system: System, u: Array) -> Array:
@@ -170,30 +207,35 @@ def _smallest_curvature(system: System, u: Array) -> Array:
 
 def _none(rows: ActiveRows) -> Rows:
     """A right-hand side of 0 for every row."""
-    none: Rows = jax.tree.map(lambda a: jnp.zeros(a.shape, rows.rho.dtype), rows.active)
+    none: Rows = jax.tree.map(jnp.zeros_like, rows.weights)
     return none
 
 
 def _adjoint_residual(system: System, x: Array, u: Array) -> Array:
-    """How well M w = −ȳ is solved, M the KKT matrix, relative to the largest of the terms."""
-    _, H, F, C_final, free, rows = system
-    n = C_final.shape[0]
-    of_x, of_u = jax.random.split(jax.random.key(1))
+    """How well M w = −ȳ is solved, M the KKT matrix: the largest, among states, controls, costates
+    and multipliers, of the residual relative to its terms and of what solving for it once more
+    adds, relative to w."""
+    n, rows = system.C_final.shape[0], system.rows
+    of_x, of_u, of_costate = jax.random.split(jax.random.key(1), 3)
     x_bar = jax.random.rademacher(of_x, x.shape, x.dtype)
+    # Without it, w has no states or controls where rows leave the plan no freedom.
+    costate_bar = jax.random.rademacher(of_costate, x.shape, x.dtype)
     u_bar = jax.random.rademacher(of_u, u.shape, u.dtype)
-    rhs = adjoint_rhs(Point(x_bar, u_bar, jnp.zeros_like(x), _none(rows)))
+    rhs = adjoint_rhs(Point(x_bar, u_bar, costate_bar, _none(rows)))
     w = kkt_solve(SEQUENTIAL, system, rhs)
     left = residual(system, w, rhs)
-    left = left._replace(c=left.c.at[:, n:].set(jnp.where(free, left.c[:, n:], 0)))
-    z = z_of(w.x, w.u)
-    pull = jnp.einsum("tij,ti->tj", F, w.costate[1:])
-    pull, _ = add_pull(pull, rhs.c_final, rows.G, w.multiplier)
-    terms = (
-        jnp.einsum("tij,tj->ti", H, z), pull, rhs.c, jnp.einsum("tij,tj->ti", F, z), w.costate
-    )  # fmt: skip
-    return _largest(left) / _largest(terms)
+    left = left._replace(c=left.c.at[:, n:].set(jnp.where(system.free, left.c[:, n:], 0)))
+    missing = kkt_solve(SEQUENTIAL, system, left)
+    shares = [
+        _largest(part) / jnp.where(_largest(whole) > 0, _largest(whole), 1)
+        for part, whole in [
+            *zip(left, sizes(system, w, rhs), strict=True),
+            *zip(missing, w, strict=True),
+        ]
+    ]
+    return jnp.max(jnp.stack(shares))
 
 
 def _largest(tree: Any) -> Array:
-    sizes = [jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(tree)]
-    return jnp.max(jnp.stack(sizes))
+    found = [jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(found))

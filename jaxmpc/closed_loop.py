@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.problem.constraints import KINDS, named_multipliers
+from jaxmpc.problem.constraints import FUNCTIONS, KINDS, named_multipliers
 from jaxmpc.problem.trace import trace
 from jaxmpc.types import (
     Constraints,
@@ -63,8 +63,10 @@ def receding_horizon(
         will do: other physics than the model's, disturbances indexed by t, a learned residual.
       u_lower, u_upper: broadcast to [T, m]: bounds of the T stages of every plan.
       constraints: those of every plan; t = k+i in their functions, too. Of a ``Rate``, previous is
-        the control before the episode; later on it is the one that was applied. Multipliers are
-        shifted as the plan is.
+        the control before the episode; later on it is the one that was applied. x_lower and x_upper
+        bound the T+1 states of every plan. Multipliers are shifted as the plan is. Where noise, or
+        a plant that is not the model, takes x_k past a hard limit, no step is lost: what x_k alone
+        breaks no plan can meet, and it is left out (see ``Constraints``).
       (others): as in ``mpc_solve``.
 
     Returns:
@@ -162,11 +164,10 @@ def _at(
     if constraints is None:
         return None
     changes: dict[str, Any] = dict(multipliers=multipliers)
-    for kind in KINDS:
-        if kind.name != "rate" and not kind.final:
-            fn = getattr(constraints, kind.name)
-            if fn is not None:
-                changes[kind.name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
+    for name, kind in FUNCTIONS.items():
+        fn = getattr(constraints, name)
+        if fn is not None and not kind.final:
+            changes[name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
     if constraints.rate is not None:
         changes["rate"] = dataclasses.replace(constraints.rate, previous=previous)
     return dataclasses.replace(constraints, **changes)

@@ -90,9 +90,10 @@ def check_gradients(
     """Compare the gradients of one problem with those of re-solved problems, input by input.
 
     The loss is a random linear function of x, u and the objective. Every input (x_init, each
-    floating leaf of params, the finite bounds, slack and rate) is moved a small step along a random
-    direction and back, and the problem solved again from the plan that it had. Where the difference
-    quotient and the gradient disagree, the report names the input and why:
+    floating leaf of params, the finite bounds of controls and states, slack and rate) is moved a
+    small step along a random direction and back, and the problem solved again from the plan that it
+    had. Where the difference quotient and the gradient disagree, the report names the input and
+    why:
 
     * the solver did not converge, at the plan or beside it: there is no plan to differentiate;
     * a control comes free or is clamped within the step: the plan has a kink there (a certificate
@@ -138,8 +139,16 @@ def check_gradients(
     bounds = dict(u_lower=lower, u_upper=upper)
     given = dict(u_lower=u_lower, u_upper=u_upper)
     inputs |= {name: bounds[name] for name in bounds if given[name] is not None}
-    if constraints is not None:  # The functions have none; slack and rate do.
-        inputs["constraints"] = dataclasses.replace(constraints, multipliers=None)
+    equal = {name: np.asarray(lower == upper) for name in bounds}
+    if constraints is not None:  # The functions have none; slack, rate and bounds of the states do.
+        shape = len(u_checked) + 1, len(x_checked)
+        x_lower, x_upper = validation.state_bounds(constraints, shape, x_checked.dtype)
+        inputs["constraints"] = dataclasses.replace(
+            constraints, multipliers=None, x_lower=x_lower, x_upper=x_upper
+        )
+        if x_lower is not None and x_upper is not None:
+            same = np.asarray(x_lower == x_upper)
+            equal |= {"constraints.x_lower": same, "constraints.x_upper": same}
     shapes = dict(x=(len(u_checked) + 1, len(x_checked)), u=u_checked.shape, objective=())
     rng = np.random.default_rng(seed)
     weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -179,8 +188,10 @@ def check_gradients(
         # Every entry by its own size, for a weight of 1e-3 beside one of 1 must stay positive.
         finite = np.where(np.isfinite(leaf), np.abs(leaf), 0.0)
         direction = rng.normal(size=leaf.shape) * np.where(finite > 0, finite, finite.max() or 1.0)
-        if path[0].key in bounds:  # infinite ones stay, and so do both of an equal pair
-            direction = np.where(np.isfinite(leaf) & np.asarray(lower < upper), direction, 0.0)
+        name = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+        if name in equal:  # both of an equal pair stay
+            direction = np.where(equal[name], 0.0, direction)
+        direction = np.where(np.isfinite(leaf), direction, 0.0)
 
         def moved(
             h: float,
@@ -203,9 +214,7 @@ def check_gradients(
         noise = _ROUNDINGS * eps * max(1.0, abs(value)) / step
         ok = abs(gradient - difference) <= rtol * scale + noise
         reason = "" if ok else _reason(solution, before, after, sides, difference, scale)
-        name = jax.tree_util.keystr(path[1:])
-        label = f"{path[0].key}{name}"
-        checks.append(GradientCheck(label, gradient, difference, sides, bool(ok), reason))
+        checks.append(GradientCheck(name, gradient, difference, sides, bool(ok), reason))
     return GradientReport(tuple(checks), certificate, Status(int(solution.status)))
 
 

@@ -51,21 +51,21 @@ def ilqr_box(
     The arguments, the result and the errors are those of ``mpc_solve``, which differentiates the
     solution; this does not, and says so: reverse mode through it is a TypeError, forward mode too.
 
-    Every iteration expands cost and dynamics at the current rollout, solves a box-constrained
-    quadratic program at each stage backward in time, and rolls the resulting policy out, with a
-    step length at which the true objective falls. The quadratic model has the exact Hessian of the
-    Hamiltonian cost + λᵀ dynamics wherever that leaves every stage's Q_uu positive definite, and
-    ∇²cost elsewhere (``Options.hessian="ilqr"``: always). Q_uu is regularized, relative to its own
-    size, more when steps fail and less when they succeed. The solver stops by the scaled KKT
-    residual and the curvature, never by the step's length; at a small residual without positive
-    curvature it leaves along negative curvature, or ends INDEFINITE. The objective never rises, up
-    to rounding, so the last iterate is the best.
+    Without constraints, every iteration expands cost and dynamics at the current rollout, solves a
+    box-constrained quadratic program at each stage backward in time, and rolls the resulting policy
+    out, with a step length at which the true objective falls. The quadratic model has the exact
+    Hessian of the Hamiltonian cost + λᵀ dynamics wherever that leaves every stage's Q_uu positive
+    definite, and ∇²cost elsewhere (``Options.hessian="ilqr"``: always). Q_uu is regularized,
+    relative to its own size, more when steps fail and less when they succeed. The solver stops by
+    the scaled KKT residual and the curvature, never by the step's length; at a small residual
+    without positive curvature it leaves along negative curvature, or ends INDEFINITE. The objective
+    never rises, up to rounding, so the last iterate is the best.
 
-    Constraints are dealt with by the augmented Lagrangian. Its multipliers are updated whenever it
-    is minimised as well as the update would upset it, which near a solution is after every step,
-    and its penalty grows until each update closes nearly all of the gap. The model of a step is
-    quadratic in pieces; where guessing the pieces that the rows will be on comes to no end, an
-    interior-point method finds the step.
+    Constraints are dealt with by a primal-dual interior-point method with a filter. On its way the
+    states are unknowns beside the controls (multiple shooting): the dynamics hold in the end. Where
+    no step lowers violation or objective, the violation is minimised alone, and where that comes to
+    rest above the tolerance the problem ends INFEASIBLE. Once the barrier shows which rows are
+    active, Newton's method finds the plan of that active set, on rollouts and to rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,11 +81,13 @@ def ilqr_box(
       [-0.5  -0.1   0.08  0.1 ]
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
-    after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014.
+    after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014;
+    with constraints: Wächter and Biegler, Mathematical Programming 106, 2006.
     """
     problem, data, options = trace(
         cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
-    solution, _ = jax.jit(solver(problem))(lax.stop_gradient(data), options)
-    return _not_differentiable(for_user(problem, solution), data)
+    solve = solver(problem)
+    run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)[0]))
+    return _not_differentiable(run(lax.stop_gradient(data), options), data)

@@ -45,7 +45,8 @@ def mpc_solve(
         over traced values too.
       terminal_cost: (x [n], params) -> scalar; none by default.
       u_lower, u_upper: broadcast to [T, m]; ±inf and equal bounds are legal; none by default.
-      constraints: on states and controls, hard or soft, and on the rate: see ``Constraints``.
+      constraints: on states and controls, hard or soft, bounds of the states, and the controls'
+        rate: see ``Constraints``.
       options: see ``Options``.
 
     Returns:
@@ -53,13 +54,13 @@ def mpc_solve(
       or print ``summarize(solution)``.
 
     Differentiable in reverse mode in x_init, params, everything that the functions close over,
-    u_lower and u_upper, to any order (``jax.jacrev(jax.jacrev(f))`` for a Hessian: forward mode,
-    and so ``jax.hessian``, is a TypeError). ``x``, ``u`` and ``costate`` have the derivative of the
-    solution by the implicit function theorem, ``objective`` by the envelope theorem, ``K`` that of
-    its recursion; ``kkt_residual`` counts as a constant. The gradient in u_init and in options is
-    zero. With ``Options.unconverged="zero"``, the default, so is every gradient of a problem whose
-    status is not CONVERGED: log the share that converged, and mask those that are NONFINITE in
-    the loss itself, whose values are NaN.
+    u_lower, u_upper and the numbers in ``constraints``, to any order (``jax.jacrev(jax.jacrev(f))``
+    for a Hessian: forward mode, and so ``jax.hessian``, is a TypeError). ``x``, ``u`` and
+    ``costate`` have the derivative of the solution by the implicit function theorem, ``objective``
+    by the envelope theorem, ``K`` that of its recursion; ``kkt_residual`` counts as a constant. The
+    gradient in u_init and in options is zero. With ``Options.unconverged="zero"``, the default, so
+    is every gradient of a problem whose status is not CONVERGED: log the share that converged, and
+    mask those that are NONFINITE in the loss itself, whose values are NaN.
 
     The user's functions are differentiated twice and in forward mode: inside them,
     ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.
@@ -99,11 +100,14 @@ def mpc_solve(
 
     Source: Amos et al. 2018 (arXiv:1810.13400), eq. (10), Module 2 and eq. (19), with the exact
     Hessian of the Hamiltonian in place of ∇²cost (``Options.backward_hessian``), which for
-    nonlinear dynamics the derivative of the solution needs.
+    nonlinear dynamics the derivative of the solution needs. With constraints the solver is a
+    primal-dual interior-point method, after Wächter and Biegler 2006: see ``ilqr_box``.
     """
     problem, data, options = trace(
         cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
-    solve = jax.jit(differentiable(problem, traced_once(solver(problem))))
-    return for_user(problem, solve(data, options))
+    solve = differentiable(problem, traced_once(solver(problem)))
+    run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)))
+    solution: Solution = run(data, options)
+    return solution

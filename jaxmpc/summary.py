@@ -17,14 +17,16 @@ _ADVICE = {
 def summarize(solution: Solution, *, show: int = 5) -> str:
     """Describe one solution, or a batch of them from ``jax.vmap``, in a few lines.
 
-    How many problems ended with which ``Status``; iterations, KKT residuals and objectives; the
-    share of clamped controls per control dimension; and which problems to look at first: those
-    that did not converge, then those that took the most iterations.
+    How many problems ended with which ``Status``; iterations, KKT residuals and objectives; which
+    constraints are violated, at which stage most and in how many problems (hard ones past what a
+    plan that converged leaves, soft ones too); the share of clamped controls per control dimension;
+    and which problems to look at first: those that did not converge, then those that took the most
+    iterations.
 
     Args:
       solution: what ``mpc_solve``, ``ilqr_box`` or ``ilqr_unrolled`` returned, with any leading
         batch axes; concrete, so outside of ``jit``.
-      show: how many problems to list.
+      show: how many problems, and how many constraints, to list.
 
     Raises:
       TypeError: ``solution`` is not a ``Solution``, or is traced.
@@ -78,6 +80,11 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
     lines.append(_row("objective", objective, "{:.6g}"))
     if solution.multipliers is not None:
         lines.append(_row("violation", np.ravel(solution.violation), "{:.1e}"))
+    if solution.violations is not None:
+        initial = np.ravel(solution.initial_violation)
+        if np.any(initial > 0):
+            lines.append(_row("  of x_init", initial, "{:.1e}") + ", which no plan can lessen")
+        lines += _violated(solution, show)
     clamped = 1 - np.asarray(solution.free, float).reshape(-1, m).mean(axis=0)
     shares = "  ".join(f"u[{i}] {100 * share:.1f} %" for i, share in enumerate(clamped))
     lines.append(f"  {'clamped':<15}{shares}")
@@ -94,6 +101,33 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
         if order.size > show:
             lines.append(f"    … and {order.size - show} more")
     return "\n".join(lines)
+
+
+def _violated(solution: Solution, show: int) -> list[str]:
+    """The constraints that are violated most, by name and stage."""
+    status, total = np.ravel(solution.status), np.size(solution.status)
+    # What a plan that converged leaves of hard constraints is rounding; of others, what is far
+    # below the worst.
+    share = np.where(status == Status.CONVERGED, 1.0, 1e-3)
+    floor = share * np.nan_to_num(np.ravel(solution.violation))
+    T, found = solution.u.shape[-2], []
+    for name, values in vars(solution.violations).items():
+        if values is None:
+            continue
+        values = np.asarray(values).reshape(total, -1, values.shape[-1])
+        values = np.where(np.isfinite(values) & (values > floor[:, None, None]), values, 0.0)
+        for i in range(values.shape[-1]):
+            worst = values[..., i].max(axis=0, initial=0.0)
+            t = T if name.startswith("terminal") else int(np.argmax(worst))
+            count = int(np.sum(values[..., i].any(axis=1)))
+            if count:
+                share_of = f" (in {count} of {total} problems)" if total > 1 else ""
+                found.append((worst.max(), f"{name}[{i}] at t = {t}: {worst.max():.2g}{share_of}"))
+    found.sort(key=lambda entry: -entry[0])
+    texts = [text for _, text in found[:show]]
+    if len(found) > show:
+        texts.append(f"… and {len(found) - show} more")
+    return [f"  {'violated' if k == 0 else '':<15}{text}" for k, text in enumerate(texts)]
 
 
 def _row(label: str, values: np.ndarray, form: str) -> str:

@@ -27,17 +27,23 @@ class Status(enum.IntEnum):
     * ``CONVERGED``: ``kkt_residual`` ≤ tolerance · max(1, |∇_u cost|_∞, |B_tᵀ λ_{t+1}|_∞), the
       terms that cancel at a solution, and the curvature on the free controls is positive: a
       strict local minimum. (Where these terms are far below 1 the test is absolute: give such a
-      cost a larger unit.) Constraints hold to tolerance · max(1, |G_t z_t|), G their Jacobian.
+      cost a larger unit.) With ``Constraints`` nothing depends on units: each row holds to
+      tolerance · Σ_j |G_ij| |z_j|, its own size, with G its Jacobian and |z_j| the largest that
+      this state or control gets along the plan; and ∇_u of the Lagrangian is, of each control, at
+      most tolerance times the largest of the terms that cancel in it (cost, rows, dynamics).
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
-    * ``STALLED``: no step lowers the objective, yet the residual is above the tolerance.
+    * ``STALLED``: no step lowers the objective, or with ``Constraints`` none leads on, yet the
+      residual is above the tolerance.
     * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
       rollout of ``u_init``.
     * ``INDEFINITE``: the first-order conditions hold, but the curvature on the free controls is
       not positive: a saddle or a degenerate minimum, where the implicit gradient does not exist.
-    * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere; or the search ended where
-      no small change of the controls lessens the violation of the constraints. Then the plan is
-      the least violating one nearby and ``Solution.violation`` says by how much: no proof that
-      there is no feasible plan elsewhere.
+    * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere; or no small change of the
+      controls lessens the violation of the constraints. Where the search finds no way on, it
+      minimises that alone: the sum of squares of the hard rows' violations, each relative to its
+      row's size. If that comes to rest above the tolerance, the plan is the least violating one
+      nearby and ``Solution.violation`` says by how much: no proof that there is no feasible plan
+      elsewhere.
     """
 
     CONVERGED = 0
@@ -63,14 +69,19 @@ class Options:
         iteration or two, and gradients need them.
       max_iterations: bound on the number of iterations.
       regularization: the first multiple of the stage's curvature that is added to Q_uu. It grows
-        by itself when steps fail and falls when they succeed.
-      line_search_decay: the ratio, in (0, 1), of successive step lengths (γ in Algorithm 2).
+        by itself when steps fail and falls when they succeed. With constraints it is for the steps
+        on the way: those that finish, where Q_uu is positive definite, go without.
+      line_search_decay: the ratio, in (0, 1), of successive step lengths (γ in Algorithm 2). With
+        constraints the first is the longest that leaves rows and bounds inside of their boundary.
       trust_region: how far each control may move in one iteration, a number or [m]; None: as far
         as the objective falls. For models that are right only near the current plan, such as a
         learned network's. Where the search ends is not changed by it, but which local minimum it
-        finds may be.
+        finds may be. With constraints the steps that finish, once the active rows are known, and
+        the first, which moves controls off their bounds, do not heed it.
       hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
-        leaves Q_uu positive definite; "ilqr" takes the paper's, with ∇²cost.
+        leaves Q_uu positive definite; "ilqr" takes the paper's, with ∇²cost. With constraints
+        "exact" has the rows in it, and where it is not positive definite ∇²cost stands in, made
+        so; if steps get short, the exact one, made so. "ilqr" always takes ∇²cost, made convex.
       backward_hessian: the Hessian in the backward pass of ``mpc_solve``: "exact" (the gradients
         are the derivatives of the solution), or "ilqr", the paper's H^n, which is ∇²cost and
         right for affine dynamics only.
@@ -173,18 +184,36 @@ class Rate:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Multipliers:
-    """The derivatives of the optimal objective in the constraints' right-hand sides, negated.
-
-    None for those that the problem does not have. Those of inequalities are ≥ 0, and 0 where
-    inactive; that of the rate is signed: positive where u_t − u_{t−1} is at its upper limit.
-    """
+class ByConstraint:
+    """One number a row of the constraints; None for those that the problem does not have."""
 
     inequality: Array | None = None  # [T, p]
     equality: Array | None = None  # [T, r]
     terminal_inequality: Array | None = None  # [q]
     terminal_equality: Array | None = None  # [s]
     rate: Array | None = None  # [T, m]
+    state: Array | None = None  # [T+1, n], of x_lower and x_upper
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Multipliers(ByConstraint):
+    """The derivatives of the optimal objective in the constraints' right-hand sides, negated.
+
+    None for those that the problem does not have. Those of inequalities are ≥ 0, and 0 where
+    inactive. Those between two bounds are signed: that of the rate is positive where u_t − u_{t−1}
+    is at its upper limit, that of the state where x_t is at x_upper, and negative at the lower one.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Violations(ByConstraint):
+    """By how much a plan violates each of its constraints: max(g, 0), or |h| of an equality.
+
+    None for those that the problem does not have. Of rate and state it is the distance from the
+    limits. Soft constraints count too: theirs is the slack that is paid for.
+    """
 
 
 def _function() -> Any:
@@ -204,12 +233,20 @@ class Constraints:
       slack: a ``Slack``, which makes ``inequality`` soft; None: it is hard.
       terminal_slack: the same for ``terminal_inequality``.
       rate: a ``Rate``.
+      x_lower, x_upper: bounds of the states x_1 … x_T, broadcast to [T+1, n]; those of x_0 = x_init
+        do not count. ±inf and equal bounds are legal; None: there are none, and no rows either.
+        Solutions are differentiable in them (between equal ones, half goes to each).
       multipliers: where the search starts: those of a solution nearby, as u_init is its plan. It
         starts at 0 by default, and where an entry is None.
 
     The functions are differentiated twice, as cost and dynamics are, and may close over traced
-    values. inequality also sees the first state, which no control moves: a constraint on states
-    alone that x_init violates cannot be met.
+    values.
+
+    inequality and equality also see the first stage, and what they say there of x_init alone is not
+    the plan's to meet. A hard row that does not depend on u_0 at all (its derivative in u_0 is
+    exactly 0) is left out there: of search, status, multipliers, violation and gradient.
+    ``Solution.initial_violation`` says by how much x_init breaks such rows. Soft ones keep their
+    price.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,6 +262,15 @@ class Constraints:
       [-0.2  -0.2  -0.2  -0.16 -0.16]
       >>> print(jnp.array_str(solution.multipliers.inequality[:, 0], precision=2))
       [0.   0.2  0.54 0.   0.  ]
+
+      The same as a bound of the states:
+
+      >>> bounds = Constraints(x_lower=jnp.array([-jnp.inf, -0.2]))
+      >>> solution = mpc_solve(cost, dynamics, x_init, u_init, constraints=bounds)
+      >>> print(jnp.array_str(solution.x[1:, 1], precision=2))
+      [-0.2  -0.2  -0.2  -0.16 -0.16]
+      >>> print(jnp.array_str(solution.multipliers.state[:, 1], precision=2))
+      [ 0.   -0.2  -0.54  0.    0.    0.  ]
     """
 
     inequality: Constraint | None = _function()
@@ -235,6 +281,8 @@ class Constraints:
     terminal_slack: Slack | None = None
     rate: Rate | None = None
     multipliers: Multipliers | None = None
+    x_lower: ArrayLike | None = None
+    x_upper: ArrayLike | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -264,15 +312,23 @@ class Solution:
         bound that the descent direction −∇_u J points out of, and where its bounds are equal.
       objective: the total cost.
       kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|, the projected gradient.
-      iterations: the number of accepted and rejected steps that were tried.
+      iterations: the number of accepted and rejected steps that were tried. With ``Constraints``
+        the measurement at the start counts, and so does every step of a restoration and a finish;
+        the lengths of one step do not.
       status: a ``Status``, as int32.
       multipliers: of the ``Constraints``; None where there are none.
       violation: the largest violation of a hard constraint, max(g, 0) or |h|; 0 if there is none.
+      violations: that of every constraint, hard or soft, at every stage: a ``Violations``, or None
+        where there are none. A constant to differentiation.
+      initial_violation: the largest violation, at the first stage, of the hard constraints that say
+        something of x_init alone. No plan can lessen it, and it counts for nothing else: see
+        ``Constraints``.
 
     With ``Constraints``, the objective includes the prices of slack and rate, and kkt_residual is
     that of the Lagrangian or the distance from feasibility and complementarity, whichever is
-    larger. K is the feedback that holds the active constraints by a large penalty, and with a
-    ``Rate`` it has m further columns, for the change of the control before.
+    larger, both in their own units. K is the feedback that holds the active constraints by large
+    weights on their squares, and with a ``Rate`` it has m further columns, for the change of the
+    control before.
     """
 
     x: Array
@@ -286,6 +342,8 @@ class Solution:
     status: Array
     multipliers: Any = None  # Multipliers
     violation: Any = None  # Array
+    violations: Any = None  # Violations
+    initial_violation: Any = None  # Array
 
 
 @jax.tree_util.register_dataclass

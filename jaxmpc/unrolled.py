@@ -82,7 +82,7 @@ def ilqr_unrolled(
         u_upper=u_upper, options=options,
     )  # fmt: skip
     unroll = jax.jit(lambda data, options: _unroll(problem, data, options, num_iterations))
-    return for_user(problem, unroll(data, options))
+    return for_user(problem, data, unroll(data, options))
 
 
 @lanes.any_rank
@@ -107,7 +107,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
         step = Step(target, jnp.zeros_like(target), factors.K, slope, bend)
         constant = lax.stop_gradient((data, at, step))
-        noise = lax.stop_gradient(rounding(at, first.costate, data.prices))
+        noise = lax.stop_gradient(rounding(at, first.costate))
         _, length = line_search(problem, *constant, no, yes, noise, decay)
         alpha = jnp.where(length.accepted, length.alpha, 0)
         return take_step(problem, data, at, step, alpha), None
@@ -115,7 +115,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
     start = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
     at, _ = lax.scan(improve, start, length=num_iterations)
     expanded = expand(problem, data.theta, at.x, at.u)
-    end = assess(data, at, expanded)
+    end = assess(data, at, expanded, none)
     costate = end.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, none)
     small = end.relative <= tolerances(options, dtype)[0]

@@ -104,30 +104,51 @@ def mpc_arguments(
     u_init = floating("u_init", u_init)
     _has_rank("x_init", x_init, 1, "[n]")
     _has_rank("u_init", u_init, 2, "[T, m]")
-    u_lower = _bound("u_lower", -np.inf if u_lower is None else u_lower, u_init)
-    u_upper = _bound("u_upper", np.inf if u_upper is None else u_upper, u_init)
-    if is_concrete(u_lower) and is_concrete(u_upper):
-        crossed = np.argwhere(~(np.asarray(u_lower) <= np.asarray(u_upper)))
-        if crossed.size:
-            t, i = crossed[0]
-            raise ValueError(
-                f"u_lower must be at most u_upper, got u_lower[{t}, {i}] = {u_lower[t, i]} and "
-                f"u_upper[{t}, {i}] = {u_upper[t, i]}"
-            )
+    expected = u_init.shape, "[T, m]", u_init.dtype
+    u_lower = _bound("u_lower", -np.inf if u_lower is None else u_lower, *expected)
+    u_upper = _bound("u_upper", np.inf if u_upper is None else u_upper, *expected)
+    _not_crossed("u_lower", u_lower, "u_upper", u_upper)
     return x_init, u_init, u_lower, u_upper
 
 
-def _bound(name: str, value: Any, u_init: Array) -> Array:
+def state_bounds(
+    constraints: Constraints, shape: tuple[int, int], dtype: Any
+) -> tuple[Array | None, Array | None]:
+    """x_lower and x_upper of ``constraints``, broadcast to [T+1, n]; None where there are none."""
+    lower, upper = (
+        None
+        if value is None
+        else _bound(f"constraints.{name}", value, shape, "[T+1, n]", dtype).astype(dtype)
+        for name, value in (("x_lower", constraints.x_lower), ("x_upper", constraints.x_upper))
+    )
+    if lower is not None and upper is not None:
+        _not_crossed("constraints.x_lower", lower, "constraints.x_upper", upper, first=1)
+    return lower, upper
+
+
+def _not_crossed(below: str, lower: Array, above: str, upper: Array, first: int = 0) -> None:
+    """From stage ``first`` on, where both are known."""
+    if is_concrete(lower) and is_concrete(upper):
+        crossed = np.argwhere(~(np.asarray(lower) <= np.asarray(upper))[first:])
+        if crossed.size:
+            t, i = crossed[0] + [first, 0]
+            raise ValueError(
+                f"{below} must be at most {above}, got {below}[{t}, {i}] = {lower[t, i]} and "
+                f"{above}[{t}, {i}] = {upper[t, i]}"
+            )
+
+
+def _bound(name: str, value: Any, shape: tuple[int, int], meaning: str, dtype: Any) -> Array:
     array = _as_array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
     if not hasattr(value, "dtype") or jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(u_init.dtype)  # Python numbers promote nothing.
+        array = array.astype(dtype)  # Python numbers promote nothing.
     try:
-        return jnp.broadcast_to(array, u_init.shape)
+        return jnp.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(
-            f"{name} must broadcast to [T, m] = {list(u_init.shape)}, got {list(array.shape)}"
+            f"{name} must broadcast to {meaning} = {list(shape)}, got {list(array.shape)}"
         ) from None
 
 

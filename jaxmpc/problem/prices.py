@@ -5,6 +5,7 @@
     soft inequality   0 where g ≤ 0, linear g + ½ quadratic g² beyond, with slack
 
 At a solution a row is inactive, or active: held at g = 0 by its multiplier, or beyond, with slack.
+A row whose price is zero everywhere is absent.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,14 @@ class RowState(NamedTuple):
     multiplier: Rows  # ν
     active: Rows  # bool
     beyond: Rows  # bool
+
+
+def present(prices: Prices) -> Rows:
+    """Which rows are not absent, bool."""
+    return per_row(
+        lambda lower, linear, quadratic: (lower < 0) | (linear > 0) | (quadratic > 0),
+        *prices, dtype=bool,
+    )  # fmt: skip
 
 
 def _paid(g, beyond, linear, quadratic):
@@ -96,11 +105,11 @@ def margins(g: Rows, state: RowState, prices: Prices) -> tuple[Array, Array]:
         inside = jnp.minimum(jnp.where(lower < 0, jnp.inf, nu), linear - nu)
         return -jnp.where(active, inside, jnp.inf)
 
-    def of_value(g, active):
-        return -jnp.where(active, jnp.inf, jnp.abs(g))
+    def of_value(g, active, there):
+        return -jnp.where(active | ~there, jnp.inf, jnp.abs(g))
 
     multipliers = per_row(
         of_multiplier, state.multiplier, state.active, prices.lower, prices.linear
     )
-    values = per_row(of_value, g, state.active)
+    values = per_row(of_value, g, state.active, present(prices))
     return -largest(multipliers, -jnp.inf), -largest(values, -jnp.inf)

@@ -52,3 +52,4 @@ class Data(NamedTuple):
     u_upper: Array  # [T, m]
     prices: Prices
     multipliers: Rows  # where the search starts
+    unmoved: Array  # [p] bool, the hard rows of the first stage that its control does not move

@@ -94,7 +94,8 @@ def trace(
     )
     x_init, u_init, u_lower, u_upper = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
     theta, prices = Theta(params, constants), Prices(none, none, none)
-    data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none)
+    unmoved = jnp.zeros(0, bool)
+    data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none, unmoved)
     sizes = {name: traced[name][2].shape[0] for name in functions}
     problem, data = with_constraints(problem, data, functions, sizes, constraints)
     return problem, data, validation.with_trust_region(options, data.u_init)
