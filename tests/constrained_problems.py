@@ -20,7 +20,8 @@ from jax.flatten_util import ravel_pytree
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """``inputs`` holds all that the solution depends on: x_init, params, u_lower, u_upper, and
-    slack and terminal_slack (linear, quadratic) and rate (previous, limit, weight) if it has them.
+    x_lower and x_upper (both [T+1, n]), slack and terminal_slack (linear, quadratic) and rate
+    (previous, limit, weight) if it has them.
 
     ``x_init`` has further starts, so that active sets differ.
     """
@@ -421,6 +422,33 @@ EVERYTHING = Problem(
     x_init=np.array([[0.9, 0.0], [-1.0, 0.3], [0.8, 0.2]]),
 )
 
+# A cart that is slowed down on its way, stops at a given place (equal bounds), and starts beyond a
+# bound that begins to hold a stage later; with a soft limit inside of the bounds.
+INF = np.inf
+STATE_BOUNDS = Problem(
+    cost=driven_cost,
+    dynamics=driven_dynamics,
+    inequality=slow,
+    inputs={
+        "x_init": np.array([1.0, 0.0]),
+        "params": {"gravity": 3.0, "fastest": 0.9},
+        "u_lower": np.tile([-5.0, -1.0], (12, 1)),
+        "u_upper": np.tile([5.0, 1.0], (12, 1)),
+        "x_lower": np.array(
+            [[INF, INF]] * 1
+            + [[-INF, -1.4]] * 5
+            + [[-INF, -0.6]] * 2
+            + [[-INF, -INF]] * 4
+            + [[0.1, -0.3]]
+        ),
+        "x_upper": np.array([[0.0, 0.0]] + [[1.5, INF]] * 8 + [[0.3, INF]] * 3 + [[0.1, 0.4]]),
+        "slack": {"linear": np.array(0.05), "quadratic": np.array(0.1)},
+        "rate": {"previous": np.array([0.5, 0.0]), "limit": np.array([4.0, np.inf])},
+    },
+    u_init=np.zeros((12, 2)),
+    x_init=np.array([[1.0, 0.0], [0.8, -0.7], [0.5, -0.2]]),
+)
+
 PROBLEMS = {
     "obstacle": OBSTACLE,
     "state box": STATE_BOX,
@@ -431,6 +459,7 @@ PROBLEMS = {
     "rate": RATE,
     "slew": SLEW,
     "everything": EVERYTHING,
+    "state bounds": STATE_BOUNDS,
 }
 
 
@@ -514,6 +543,8 @@ def ipopt(problem, inputs, u_init=None):
         if "limit" in rate:
             limit = np.broadcast_to(rate["limit"], (T, m))
             constrain("rate", change, -limit, limit)
+    if "x_lower" in inputs:
+        constrain("state", x[:, 1:], inputs["x_lower"][1:], inputs["x_upper"][1:])
 
     slacks = ca.vertcat(*slacks)
     variables = ca.vertcat(ca.vec(u), ca.vec(x), slacks)
@@ -546,6 +577,8 @@ def ipopt(problem, inputs, u_init=None):
     costate = multipliers.pop("costate").reshape(T + 1, n)
     per_stage = {k: v for k, v in multipliers.items() if not k.startswith("terminal")}
     multipliers |= {k: v.reshape(T, -1) for k, v in per_stage.items()}
+    if "state" in multipliers:
+        multipliers["state"] = np.concatenate([np.zeros((1, n)), multipliers["state"]])
     u_found, x_found, _ = np.split(point, [T * m, T * m + (T + 1) * n])
     return Plan(
         x_found.reshape(T + 1, n), u_found.reshape(T, m), costate, float(found["f"]), multipliers
@@ -577,7 +610,7 @@ def promoting(fn):
 
 
 def rows(problem, inputs, x, u):
-    """All that is constrained beside u: g ≤ 0, h = 0 and |u_t − u_{t−1}| ≤ limit."""
+    """All that is constrained beside u: g ≤ 0, h = 0, |u_t − u_{t−1}| ≤ limit, and x."""
     params = inputs["params"]
     found = {}
     for name in ("inequality", "equality"):
@@ -588,7 +621,18 @@ def rows(problem, inputs, x, u):
             found[name] = fn(x[-1], params)
     if inputs.get("rate", {}).get("limit") is not None:
         found["rate"] = _change(inputs, u)
+    if "x_lower" in inputs:
+        found["state"] = x
     return found
+
+
+def between(inputs, name, row):
+    """The bounds of a row that has two: of the rate, or of the states but the first."""
+    if name == "rate":
+        limit = jnp.broadcast_to(inputs["rate"]["limit"], row.shape)
+        return -limit, limit
+    lower, upper = (jnp.asarray(inputs[key]) for key in ("x_lower", "x_upper"))
+    return lower.at[0].set(-jnp.inf), upper.at[0].set(jnp.inf)
 
 
 def _change(inputs, u):
@@ -641,9 +685,8 @@ def kkt_errors(problem, inputs, u, multipliers):
         if "inequality" in name:
             linear, quadratic = _weights(inputs, name, row)
             errors[name] = nu - jnp.clip(nu + row, 0, linear + quadratic * jnp.maximum(row, 0))
-        elif name == "rate":
-            limit = jnp.broadcast_to(inputs["rate"]["limit"], row.shape)
-            errors[name] = row - jnp.clip(row + nu, -limit, limit)
+        elif name in ("rate", "state"):
+            errors[name] = row - jnp.clip(row + nu, *between(inputs, name, row))
         else:
             errors[name] = row
     return jax.tree.map(lambda e: jnp.max(jnp.abs(e)), errors)
@@ -669,8 +712,11 @@ def active_set(problem, inputs, u, multipliers, margin=1e-6):
             linear, _ = _weights(inputs, name, row)
             paid[name] = (nu >= linear - margin) & (row > 0)
             held[name] = (nu > margin) & ~paid[name]
+        elif name in ("rate", "state"):
+            lower, upper = between(inputs, name, row)
+            held[name] = (jnp.abs(nu) > margin) | (lower == upper)
         else:
-            held[name] = jnp.abs(nu) > margin if name == "rate" else jnp.ones(row.shape, bool)
+            held[name] = jnp.ones(row.shape, bool)
     return ActiveSet(at_lower, at_upper, held, paid)
 
 
@@ -689,10 +735,12 @@ def gradient(loss, problem, u, multipliers, inputs):
         missed = {}
         for name, row in rows(problem, inputs, x, u).items():
             nu = released = multipliers[name]
-            if name == "rate":
-                limit = jnp.broadcast_to(inputs["rate"]["limit"], row.shape)
-                sign = jnp.sign(unravel(flat_at)[1]["rate"])
-                row -= jnp.where(held[name], sign, 0) * jnp.where(held[name], limit, 0)
+            if name in ("rate", "state"):
+                lower, upper = (jnp.where(held[name], b, 0) for b in between(inputs, name, row))
+                above = unravel(flat_at)[1][name] > 0
+                # Half of what moves a state between equal bounds comes from either.
+                share = jnp.where(lower == upper, 0.5, jnp.where(above, 1, 0))
+                row -= share * upper + (1 - share) * lower
             if name in paid:
                 linear, quadratic = _weights(inputs, name, row)
                 released = jnp.where(paid[name], nu - linear - quadratic * row, nu)

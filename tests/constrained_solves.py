@@ -21,6 +21,7 @@ def solve(problem, inputs, options=Options(), u_init=None, multipliers=None):
     weights = {k: Slack(**inputs[k]) for k in ("slack", "terminal_slack") if k in inputs}
     if "rate" in inputs:
         weights["rate"] = Rate(**inputs["rate"])
+    weights |= {k: inputs[k] for k in ("x_lower", "x_upper") if k in inputs}
     functions = ("inequality", "equality", "terminal_inequality", "terminal_equality")
     return mpc_solve(
         problem.cost,
@@ -107,7 +108,7 @@ def assert_gradients_close(got, want, rtol):
     assert_close(got, want, rtol, scale=scale)
 
 
-QUICK = ["soft", "everything"]
+QUICK = ["soft", "everything", "state bounds"]
 each_problem = pytest.mark.parametrize(
     "name",
     QUICK + [pytest.param(n, marks=pytest.mark.slow) for n in PROBLEMS if n not in QUICK],

@@ -80,6 +80,37 @@ ERRORS = {
         ValueError,
         r"constraints.rate.weight must broadcast to \[T, m\] = \[3, 1\], got \[4\]",
     ),
+    "bounds of another shape": (
+        dict(x_lower=np.zeros(3)),
+        ValueError,
+        r"constraints.x_lower must broadcast to \[T\+1, n\] = \[4, 2\], got \[3\]",
+    ),
+    "bounds of the stages alone": (
+        dict(x_upper=np.zeros((3, 2))),
+        ValueError,
+        r"constraints.x_upper must broadcast to \[T\+1, n\] = \[4, 2\], got \[3, 2\]",
+    ),
+    "bounds that are no numbers": (
+        dict(x_upper=np.array([True, False])),
+        TypeError,
+        "constraints.x_upper must be a real number or array, got dtype bool",
+    ),
+    "a bound that is no array": (
+        dict(x_upper="1"),
+        TypeError,
+        "constraints.x_upper must be an array, got str",
+    ),
+    "bounds that cross": (
+        dict(x_lower=np.array([0.0, 0.5]), x_upper=np.array([[1.0, 1.0]] * 3 + [[1.0, 0.25]])),
+        ValueError,
+        r"constraints.x_lower must be at most constraints.x_upper, got "
+        r"constraints.x_lower\[3, 1\] = 0.5 and constraints.x_upper\[3, 1\] = 0.25",
+    ),
+    "multipliers of the states at the stages alone": (
+        dict(x_lower=0.0, multipliers=Multipliers(state=np.zeros((3, 2)))),
+        ValueError,
+        r"constraints.multipliers.state must have shape \[T\+1, n\] = \[4, 2\], got \[3, 2\]",
+    ),
     "multipliers of another shape": (
         GOOD | dict(multipliers=Multipliers(inequality=np.zeros(2))),
         ValueError,

@@ -105,7 +105,7 @@ def test_second_derivatives_in_one_input_alone_are_those_of_differences(name, ke
 
 
 def test_the_gain_of_a_plan_with_rows_has_the_derivative_of_finite_differences():
-    """K holds the active rows by a large penalty, and so do the plans beside it."""
+    """K holds the active rows by large weights, and so do the plans beside it."""
 
     def dynamics(x, u, t, mass):
         return jnp.stack([x[0] + 0.5 * x[1], x[1] + 0.5 * u[0] / mass - 0.1 * x[1] ** 2])

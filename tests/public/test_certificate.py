@@ -156,3 +156,18 @@ def test_the_certificate_of_a_constrained_plan_is_that_of_the_dense_problem():
     assert_close(certificate.slack, min(-g[~active].max(), distances.min()), 1e-6)
     report = check_gradients(*problem, jnp.zeros((T, 1)), 0.1, **bounds)
     assert report.ok, str(report)
+
+
+def test_bounds_of_states_are_inputs_to_check():
+    """Infinite ones stay where they are, and so does an equal pair."""
+    wall = jnp.full((9, 2), jnp.inf).at[1:, 0].set(0.3).at[-1, 1].set(0.1)
+    constraints = Constraints(x_lower=jnp.array([-2, 0.1]), x_upper=wall)
+    report = check_gradients(
+        lambda x, u, t, p: 0.5 * (x[0] - 1) ** 2 + 0.05 * u @ u,
+        lambda x, u, t, p: jnp.array([x[0] + 0.3 * x[1], x[1] + 0.3 * u[0]]),
+        jnp.array([0.0, 0.0]), jnp.zeros((8, 1)), constraints=constraints,
+    )  # fmt: skip
+    assert report.ok, str(report)
+    found = {c.name: c.gradient for c in report.checks}
+    assert list(found) == ["constraints.x_lower", "constraints.x_upper", "x_init"]
+    assert min(map(abs, found.values())) > 0.01

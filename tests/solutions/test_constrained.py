@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from constrained_problems import PROBLEMS, SWERVE, active_set, gradient, ipopt, kkt_errors, rows
+from constrained_problems import (
+    PROBLEMS,
+    SWERVE,
+    active_set,
+    between,
+    gradient,
+    ipopt,
+    kkt_errors,
+    rows,
+)
 from constrained_solves import (
     as_dict,
     assert_gradients_close,
@@ -88,7 +97,7 @@ def around_the_disc(dtype):
 
 @pytest.mark.slow
 def test_a_disc_in_the_way_in_float32():
-    """Where multipliers are large, a penalty makes much of the rounding of what it multiplies."""
+    """Where multipliers are large, so is the rounding of what they multiply."""
     solutions, low = around_the_disc(jnp.float64), around_the_disc(jnp.float32)
     assert np.all(low.status == Status.CONVERGED)
     assert_close(low.u, solutions.u, 1e-2)
@@ -120,10 +129,11 @@ def test_inactive_rows_have_no_multiplier_and_active_ones_no_slack(name):
             if "inequality" in key:
                 assert np.all(nu >= 0)
                 assert np.all(nu[row < -1e-6] == 0)
-            elif key == "rate":
-                limit, held = np.broadcast_to(inputs["rate"]["limit"], row.shape), nu != 0
-                assert np.all(nu[np.abs(row) < limit - 1e-6] == 0)
-                assert_close(row[held], np.sign(nu[held]) * limit[held], 1e-9)
+            elif key in ("rate", "state"):
+                lower, upper = map(np.asarray, between(inputs, key, row))
+                assert np.all(nu[(row > lower + 1e-6) & (row < upper - 1e-6)] == 0)
+                assert_close(row[nu > 0], upper[nu > 0], 1e-9)
+                assert_close(row[nu < 0], lower[nu < 0], 1e-9)
 
 
 def test_a_single_solve_equals_that_in_a_batch():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from constrained_problems import PROBLEMS, ipopt
+from constrained_problems import DT, PROBLEMS, ipopt
 from constrained_solves import BAD, compiled, lane, spoiled
 from helpers import assert_close
 
@@ -17,11 +17,18 @@ pytestmark = pytest.mark.xdist_group("constrained")  # they share compiled progr
 # Infeasible problems.
 
 
-def test_a_first_state_outside_of_the_box_is_infeasible_by_its_distance():
+def test_a_limit_that_a_stage_is_too_short_to_keep_is_infeasible_by_its_distance():
     _, solutions = compiled("soft")(x_init=spoiled("soft", "out of the box"))
-    speed, fastest = BAD["out of the box"][0][1], PROBLEMS["soft"].inputs["params"]["fastest"]
+    problem = PROBLEMS["soft"]
+    angle, speed = map(float, BAD["out of the box"][0])
+    params = problem.inputs["params"]
+    fastest = params["fastest"]
     assert solutions.status[1] == Status.INFEASIBLE
-    assert_close(solutions.violation[1], speed - fastest, 1e-6)
+    # The first state is not the plan's to choose; it can brake with 5 until the second.
+    assert_close(solutions.initial_violation[1], speed - fastest, 1e-12)
+    second = speed + DT * (params["gravity"] * np.sin(angle) - 5 - 0.1 * speed)
+    assert_close(solutions.violation[1], second - fastest, 1e-6)
+    assert_close(solutions.violations.inequality[1, 1, 0], second - fastest, 1e-6)
     # Two steps are enough to get below it, where the limit is hard.
     assert np.max(solutions.x[1, 2:-1, 1]) <= fastest + 1e-3
 

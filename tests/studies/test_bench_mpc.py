@@ -1,4 +1,4 @@
-"""The studies ``mpc`` and ``box_lq``, at small sizes and without the other implementations."""
+"""Studies beside other implementations, at small sizes and without these."""
 
 import json
 
@@ -15,13 +15,13 @@ MEASURED = {"versions", "trace_s", "compile_s", "median_s", "min_s", "max_s", "r
 MEASURED |= {"iterations_mean", "iterations_max", "kkt_residual_worst", "objective_mean"}
 
 
-@pytest.fixture(scope="module", params=["mpc", "box_lq"])
+@pytest.fixture(scope="module", params=["mpc", "box_lq", "constrained"])
 def study(request, tmp_path_factory):
     """The name of the study, the rows that it keeps, and where."""
     output = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "INSTALLED", output / "nowhere")
-        options = ["--quick", "--no-peers"] if request.param == "mpc" else ["--quick"]
+        options = ["--quick"] if request.param == "box_lq" else ["--quick", "--no-peers"]
         main([request.param, *options, "--repeats", "2", "--output", str(output)])
     lines = (output / f"{request.param}.jsonl").read_text().splitlines()
     return request.param, [json.loads(line) for line in lines], output
@@ -48,15 +48,19 @@ def test_jaxmpc_converges_and_its_residual_is_small(study):
 
 def test_an_absent_peer_is_said_to_be_absent(study):
     name, rows, output = study
-    reason = "left out (--no-peers)" if name == "mpc" else peers.ABSENT
+    reason = peers.ABSENT if name == "box_lq" else "left out (--no-peers)"
     others = [row for row in rows if not row["contender"].startswith("jaxmpc")]
-    expected = {"mpc.pytorch", "acados"} if name == "mpc" else {"mpc.pytorch", "HPIPM"}
+    expected = dict(
+        mpc={"mpc.pytorch", "acados"},
+        box_lq={"mpc.pytorch", "HPIPM"},
+        constrained={"acados", "CasADi + IPOPT"},
+    )[name]
     assert {row["contender"] for row in others} >= expected
     for row in others:
         assert row["missing"] == reason
         assert "median_s" not in row
     text = (output / f"{name}.md").read_text()
-    absent = [line for line in text.splitlines() if "mpc.pytorch" in line]
+    absent = [line for line in text.splitlines() if f"| {min(expected)} |" in line]
     assert absent
     assert all(reason in line for line in absent)
 

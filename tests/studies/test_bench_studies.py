@@ -168,6 +168,17 @@ def test_compile(quick):
     assert "compile" in text
 
 
+@pytest.mark.slow
+def test_compile_with_every_kind_of_constraint(quick):
+    rows, text = quick("compile", "--systems", "constraints")
+    check_fields(rows, solved=True)
+    (row,) = rows
+    assert row["ready_cpu_s"] > 0
+    assert row["status"] == {"CONVERGED": 1.0}
+    assert row["violation_worst"] < 1e-4
+    assert "--systems constraints" in text
+
+
 @pytest.mark.slow  # compiles the derivative of the unrolled iterations
 def test_fixed_point(quick):
     rows, text = quick("fixed_point")

@@ -1,0 +1,1 @@
+"""Families of constrained problems with IPOPT beside the library: ``python -m tests.families``."""
