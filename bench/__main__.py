@@ -6,10 +6,20 @@ run keeps them in bench_output/, which git ignores.
 
 import argparse
 
-from bench import box_lq, compile_time, fixed_point, gradients, lqr, mpc, report, scaling
+from bench import (
+    box_lq,
+    compile_time,
+    constrained,
+    fixed_point,
+    gradients,
+    lqr,
+    mpc,
+    report,
+    scaling,
+)
 
 # A study is a module with a docstring, `add_arguments(parser)` and `run(args)`; it may have a NAME.
-STUDIES = (gradients, mpc, box_lq, lqr, scaling, compile_time, fixed_point)
+STUDIES = (gradients, mpc, box_lq, constrained, lqr, scaling, compile_time, fixed_point)
 
 
 def main(argv=None):

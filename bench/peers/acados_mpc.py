@@ -31,7 +31,8 @@ os.environ.update(ACADOS_SOURCE_DIR=str(INSTALL), TERA_PATH=str(INSTALL / "bin" 
 os.environ["ACADOS_PYTHON_INTERFACE_PATH"] = str(FOLDER / "acados" / "acados_template")
 
 
-def build(given):
+def load():
+    """What of acados' interface a script needs; ends it where acados is not installed."""
     if not INSTALL.exists():
         sys.exit("absent (bench/peers/acados.txt has no package for this machine)")
     # The libraries do not say where they find each other; loaded ones are found.
@@ -39,6 +40,11 @@ def build(given):
         ctypes.CDLL(INSTALL / "lib" / f"lib{name}.so", ctypes.RTLD_GLOBAL)
     from acados.acados_template import AcadosModel, AcadosOcp, AcadosOcpSolver
 
+    return AcadosModel, AcadosOcp, AcadosOcpSolver
+
+
+def build(given):
+    AcadosModel, AcadosOcp, AcadosOcpSolver = load()
     n, T = given["x_init"].shape[1], len(given["u_init"])
     model = AcadosModel()
     model.name = given["system"]
