@@ -30,7 +30,8 @@ class Status(enum.IntEnum):
       cost a larger unit.) With ``Constraints`` nothing depends on units: each row holds to
       tolerance · Σ_j |G_ij| |z_j|, its own size, with G its Jacobian and |z_j| the largest that
       this state or control gets along the plan; and ∇_u of the Lagrangian is, of each control, at
-      most tolerance times the largest of the terms that cancel in it (cost, rows, dynamics).
+      most tolerance times the largest of the terms that cancel in it (cost, rows, dynamics), or,
+      where these are nearly 0, times a thousandth of what moving it by its size had to gain.
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, or with ``Constraints`` none leads on, yet the
       residual is above the tolerance.

@@ -44,6 +44,11 @@ class Layout(NamedTuple):
         stage = rows.stage.reshape(self.T * self.p, *batch)
         return jnp.concatenate([stage, rows.final, bounds.reshape(-1, *batch)])
 
+    def rows_alone(self, rows: Rows) -> Array:
+        """Rows as one array, with 0 for the bounds."""
+        bounds = (self.T, 2 * self.m, *rows.final.shape[1:])
+        return self.pack(rows, jnp.zeros(bounds, rows.final.dtype))
+
     def rows(self, flat: Array) -> Rows:
         stages = self.T * self.p
         batch = flat.shape[1:]

@@ -172,9 +172,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
     values = evaluate(problem, data, x, u)
     one, no = jnp.ones(wanted.shape, x.dtype), jnp.zeros(wanted.shape, bool)
     zero = jnp.zeros(wanted.shape, jnp.int32)
-    nu = layout_of(values.g, u).pack(
-        data.multipliers, jnp.zeros((u.shape[0], 2 * u.shape[1], *wanted.shape), u.dtype)
-    )
+    nu = layout_of(values.g, u).rows_alone(data.multipliers)
     free = jnp.ones_like(nu)
     at = Trajectory(x, u, jnp.zeros_like(x), Pairs(free, nu, free, free), values)
     off = jnp.zeros(nu.shape, bool)
@@ -240,7 +238,8 @@ class Here(NamedTuple):
     costate: Array
     g: Array  # of every row and bound
     state: State
-    sides: Sides  # in a restoration relaxed
+    plain: Sides
+    sides: Sides  # the same, in a restoration relaxed
     sizes: Sizes
     weight: Array  # of the violation in a restoration
     near: tuple[Array, Array]  # [n+m] and [n], the curvature that keeps it near
@@ -308,8 +307,7 @@ def here_of(
     )
     plain = barrier.sides_of(layout, data.prices, low, high)
     sides = barrier.relaxed(plain, weight, restoring)
-    bounds = jnp.zeros((u.shape[0], 2 * u.shape[1], *s.tau.shape), x.dtype)
-    g = layout.pack(values.g, bounds)
+    g = layout.rows_alone(values.g)
     # The distance from a bound keeps the digits that the control beside it has lost.
     g = jnp.where(sides.row, g, -at.pairs.w)
 
@@ -340,7 +338,7 @@ def here_of(
     floor = 1e-3 * s.scale / jnp.maximum(size_u, tiny)
     stationary = jnp.max(residual / jnp.maximum(jnp.maximum(terms, floor), tiny), axis=0)
     return Here(
-        expanded, first, H, H_final, costate, g, state, sides, sizes, weight, (near, near_x),
+        expanded, first, H, H_final, costate, g, state, plain, sides, sizes, weight, (near, near_x),
         gradient, held, stationary, lanes.eps(x) * jnp.max(terms * size_u, axis=0),
         all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim),
     )  # fmt: skip
@@ -483,7 +481,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
         alpha_p = jnp.minimum(alpha_p, jnp.min(reach, axis=0))
 
     # What is to be gained, what holds rows, and where the barrier begins: from the probe.
-    violation = active_set.violation(barrier.sides_of(layout, data.prices, low, high), g)
+    violation = active_set.violation(here.plain, g)
     repair = jnp.max(violation**2 / jnp.maximum(freedom, tiny), axis=0)
     gain = jnp.maximum(-descent, 0) + jnp.where(jnp.isfinite(repair), repair, 0)
     gain = jnp.maximum(gain, 1e-6 * jnp.sum(jnp.abs(values.costs), axis=0))
@@ -493,7 +491,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
     # What is 0 at first has the size of what it may become.
     size_z = jnp.maximum(jnp.concatenate([here.sizes.x, here.sizes.u]), reach_z)
     of_rows = row_sizes(expanded.G, size_z, values.g)
-    grown = layout.pack(of_rows, jnp.zeros((T, 2 * u.shape[1], *s.tau.shape), dtype))
+    grown = layout.rows_alone(of_rows)
     some = jnp.where(probing & (grown > 0), grown, some)
     # Beyond the second, rounding in g would show in the multiplier.
     stiff = 1 / (eps**_WELL_HELD * jnp.maximum(freedom, tiny))
@@ -537,7 +535,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
     prices = lanes.select(anew, prices, s.prices)
 
     def candidate(x, u, pairs, values) -> Candidate:
-        g = layout.pack(values.g, jnp.zeros((T, 2 * u.shape[1], *s.tau.shape), dtype))
+        g = layout.rows_alone(values.g)
         off = jnp.abs(barrier.missed(sides, pairs, g)) * prices.rows
         theta = jnp.sum(jnp.abs(values.gaps) * prices.gaps, axis=(0, 1))
         theta += jnp.sum(jnp.where(counts, off, 0), axis=0)
@@ -594,7 +592,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
     interior = s.mode == INTERIOR
     # Where the barrier is stuck although what is left to repair is little, it begins anew from a
     # larger τ; where it is not, the violation is minimised alone.
-    much = jnp.maximum(now.theta, 0) > jnp.maximum(1e-6 * s.scale, s.tau)
+    much = now.theta > jnp.maximum(1e-6 * s.scale, s.tau)
     restarts = failed & interior & ~much & (s.restarts < _RESTARTS)
     to_restore = failed & interior & much
     gives_up = failed & ~to_restore & ~restarts
@@ -603,10 +601,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
     rests = (dual <= _AT_REST * cost_of_violation) & (s.tau * T <= tolerance * cost_of_violation)
     rests |= gives_up & (dual <= 1e-3 * cost_of_violation)
     infeasible = s.infeasible | (restoring & (rel > tolerance) & rests)
-    after_violation = active_set.violation(
-        barrier.sides_of(layout, data.prices, low, high),
-        layout.pack(new.g, jnp.zeros((T, 2 * u.shape[1], *s.tau.shape), dtype)),
-    )
+    after_violation = active_set.violation(here.plain, layout.rows_alone(new.g))
     restored = restoring & accepted & ~leaves
     restored &= 0.5 * jnp.sum(here.weight * after_violation**2, axis=0) <= 0.25 * s.violation
     warm = probing & (jnp.max(jnp.abs(pairs.nu), axis=0) > 0) & ~leaves
@@ -619,7 +614,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
 
     # Where the barrier begins, at first, in a restoration, and after one.
     starts = probing | to_restore | restored | restarts
-    plain = barrier.sides_of(layout, data.prices, low, high)
+    plain = here.plain
     sides_next = barrier.relaxed(plain, here.weight, to_restore)
     tau_restore = _FIRST * cost_of_violation / T
     larger = jnp.minimum(_RAISED * s.tau, _FIRST * s.scale / T)
