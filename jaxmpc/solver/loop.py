@@ -16,7 +16,8 @@ from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
 from jaxmpc.batch.turns import in_turns
 from jaxmpc.problem.problem import Data, Problem
-from jaxmpc.solver import box, interior
+from jaxmpc.solver import box
+from jaxmpc.solver.interior import method as interior
 from jaxmpc.solver.judgement import RUNNING
 from jaxmpc.solver.linearization import Linearization
 from jaxmpc.types import Options, Solution

@@ -8,10 +8,10 @@ from helpers import assert_close
 
 from jaxmpc.problem.prices import Prices
 from jaxmpc.riccati.point import Rows
-from jaxmpc.solver import active_set, barrier, filter
-from jaxmpc.solver.barrier import Eliminated, Layout, Pairs, Sides
-from jaxmpc.solver.filter import Candidate
-from jaxmpc.solver.newton import newton
+from jaxmpc.solver.interior import active_set, barrier, filter
+from jaxmpc.solver.interior.barrier import Eliminated, Layout, Pairs, Sides
+from jaxmpc.solver.interior.filter import Candidate
+from jaxmpc.solver.interior.newton import newton
 
 
 @pytest.fixture(autouse=True)

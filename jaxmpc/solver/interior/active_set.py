@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmpc.solver.barrier import Sides
+from jaxmpc.solver.interior.barrier import Sides
 
 
 class State(NamedTuple):
@@ -24,9 +24,14 @@ class State(NamedTuple):
     beyond: Array  # bool
 
 
-def state_of(sides: Sides, nu: Array, g: Array, weights: Array) -> State:
-    """By ν + W g: what it would be after an update of the multiplier."""
-    ahead = nu + weights * g
+def state_of(sides: Sides, nu: Array, g: Array, stiffness: Array) -> State:
+    """By ν + c g, with c the ``stiffness``.
+
+    At a plan of the active set one of the two is 0, for any c. On the way g is off by what the
+    functions bend, so c is no larger than the units ask for: the weights that hold rows would make
+    a large force of that, and drop the row.
+    """
+    ahead = nu + stiffness * g
     beyond = sides.soft & (ahead > sides.linear) & (g > 0)
     active = sides.equality | (sides.row & sides.inequality & (ahead > 0) & ~beyond)
     held = jnp.maximum(nu, 0)

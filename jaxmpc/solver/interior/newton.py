@@ -24,6 +24,18 @@ class Direction(NamedTuple):
     descent: Array  # Σ q k, the slope of the reduced objective
 
 
+def nowhere(x: Array, u: Array) -> Direction:
+    """A step of nothing from the trajectory [T+1, n], [T, m]."""
+    T, m, *batch = u.shape
+    n = x.shape[1]
+
+    def zeros(*shape):
+        return jnp.zeros((*shape, *batch), x.dtype)
+
+    factors = Factors(zeros(T, m, n), zeros(T, m, m), zeros(T + 1, n, n), zeros(T))
+    return Direction(jnp.zeros_like(x), jnp.zeros_like(u), jnp.zeros_like(x), factors, zeros())
+
+
 def newton(
     H: Array,
     H_final: Array,

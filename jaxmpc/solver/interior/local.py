@@ -1,0 +1,184 @@
+"""A trajectory held against the conditions of a solution, with what a step needs to know of it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmpc.batch import lanes
+from jaxmpc.problem.expansions import Expansion, FirstOrder, expand, first_order, hessians
+from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.riccati.point import Rows, z_of
+from jaxmpc.riccati.rows import add_pull, per_row
+from jaxmpc.solver.assessment import all_finite
+from jaxmpc.solver.box_qp import clamped
+from jaxmpc.solver.interior import active_set, barrier
+from jaxmpc.solver.interior.active_set import State
+from jaxmpc.solver.interior.barrier import Layout, Sides
+from jaxmpc.solver.interior.state import (
+    FINISH,
+    INTERIOR,
+    PROBE,
+    RESTORE,
+    Search,
+    tiny_of,
+)
+
+FIRST = 0.1  # τ at first, relative to what is to be gained a stage
+# What going away by as much as the states and controls are large costs a restoration.
+_NEAR = 0.1
+
+
+class Sizes(NamedTuple):
+    """What rounding is measured by, and what a step is short against."""
+
+    x: Array  # [n], the largest along the horizon
+    u: Array  # [m], likewise, or the distance of the bounds
+    rows: Array  # Σ_j |G_ij z_j| of every row
+
+    @property
+    def some(self) -> Array:
+        """``rows``, with 1 for those that have no size."""
+        return jnp.where(self.rows > 0, self.rows, 1)
+
+
+class Local(NamedTuple):
+    expanded: Expansion  # in a restoration with its objective
+    first: FirstOrder
+    H: Array
+    H_final: Array
+    costate: Array
+    g: Array  # of every row and bound
+    state: State
+    warm: Array  # it begins with multipliers
+    plain: Sides
+    sides: Sides  # the same, in a restoration relaxed
+    sizes: Sizes
+    weight: Array  # of the violation in a restoration
+    near: tuple[Array, Array]  # [n+m] and [n], the curvature that keeps it near
+    gradient: Array  # [T, m], ∇_u of the Lagrangian
+    clamped: Array  # [T, m]
+    stationary: Array  # the residual over the terms that cancel in it
+    dual: Array  # ∇ of the barrier's Lagrangian, in units of the objective
+    rounding: Array  # in the gradient, in units of the objective
+    finite: Array
+
+
+def row_sizes(G: Rows, size_z: Array, g: Rows) -> Rows:
+    """Σ_j |G_ij| size_j of every row, for states and controls of the given sizes [n+m]."""
+    n = G.final.shape[1]
+    of_stage = jnp.sum(jnp.abs(G.stage) * size_z, axis=2)
+    of_end = jnp.sum(jnp.abs(G.final) * size_z[:n], axis=1)
+    return per_row(lambda a, g: jnp.where(a > 0, a, jnp.abs(g)), Rows(of_stage, of_end), g)
+
+
+def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
+    at, kept, measures = s.at, s.kept, s.measures
+    x, u, values = at.x, at.u, at.values
+    low, high = data.u_lower, data.u_upper
+    tiny, n, T = tiny_of(x), x.shape[1], u.shape[0]
+    restoring, finishing, probing = s.mode == RESTORE, s.mode == FINISH, s.mode == PROBE
+    inside = (s.mode == INTERIOR) | restoring
+    expanded = expand(problem, data.theta, x, u)
+
+    # Sizes.
+    size_x = jnp.maximum(jnp.max(jnp.abs(x), axis=0), measures.reach[:n])
+    width = jnp.where(jnp.isfinite(high - low), high - low, 0)
+    size_u = jnp.max(jnp.maximum(jnp.abs(u), width), axis=0)
+    size_u = jnp.where(size_u > 0, size_u, measures.reach[n:])
+    size_z = jnp.concatenate([size_x, size_u])
+    both = jnp.broadcast_to(jnp.concatenate([size_u, size_u]), (T, 2 * u.shape[1], *u.shape[2:]))
+    sizes = Sizes(size_x, size_u, layout.pack(row_sizes(expanded.G, size_z, values.g), both))
+
+    # In a restoration the violation is all that counts, near to where it began.
+    # Its weights are those where it began: the same objective all the way.
+    weight = jnp.where(restoring, s.weight, measures.scale / sizes.some**2)
+    at_first = jnp.max(jnp.abs(z_of(kept.x, kept.u)), axis=0)
+    at_first = jnp.maximum(at_first, jnp.concatenate([measures.reach[:n], size_u]))
+    many = float(T * (n + u.shape[1]))
+    near = _NEAR * (s.tau * T / FIRST) / many / jnp.where(at_first > 0, at_first, 1) ** 2
+    near_x = near[:n]
+    away = z_of(x, u) - z_of(kept.x, kept.u)
+    expanded = lanes.select(
+        restoring,
+        expanded._replace(
+            c=near * away,
+            C=jax.vmap(lanes.diagonal_matrix)(jnp.broadcast_to(near, expanded.c.shape)),
+            c_final=near_x * (x[-1] - kept.x[-1]),
+            C_final=lanes.diagonal_matrix(near_x),
+        ),
+        expanded,
+    )
+    plain = barrier.sides_of(layout, data.prices, low, high)
+    sides = barrier.relaxed(plain, weight, restoring)
+    g = layout.rows_alone(values.g)
+    # The distance from a bound keeps the digits that the control beside it has lost.
+    g = jnp.where(sides.row, g, -at.pairs.w)
+
+    # The active set.
+    nu = at.pairs.nu
+    warm = probing & (jnp.max(jnp.abs(nu), axis=0) > 0)
+    guess = State(jnp.where(sides.row, nu, 0), s.held.active, s.held.beyond)
+    # What is to be gained, or until that is known, what the multipliers say of it.
+    gain = jnp.max(jnp.abs(layout.rows_alone(layout.rows(nu))) * sizes.some, axis=0)
+    gain = jnp.where(warm, gain, measures.scale)
+    found = active_set.state_of(plain, nu, g, gain / sizes.some**2)
+    state = lanes.select((finishing & ~s.fresh) | warm, found, guess)
+
+    # First and second order.
+    multipliers = layout.rows(state.nu)
+    first = first_order(expanded, multipliers)
+    costate = lanes.select(inside & (s.filter.most > 0), at.costate, first.costate)
+    H, H_final = hessians(problem, data.theta, x, u, expanded, costate, multipliers)
+    gradient = first.control_cost + first.control_pull
+    held = jnp.where(s.fresh & ~s.last, s.held.clamped, clamped(gradient, u, low, high))
+    residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=0)
+    # What cancels in the gradient: the cost, the rows and the dynamics, each by its size; and in
+    # the costates, before the dynamics multiply them.
+    size_c, size_final = add_pull(
+        jnp.abs(expanded.c),
+        jnp.abs(expanded.c_final),
+        per_row(jnp.abs, expanded.G),
+        per_row(jnp.abs, multipliers),
+    )
+    size_F, pull = jnp.abs(expanded.F), jax.vmap(lanes.matvec_t)
+    size_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
+    size_costate = jnp.concatenate([size_costate[1:], size_final[None]])
+    terms = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
+    floor = 1e-3 * measures.scale / jnp.maximum(size_u, tiny)
+    stationary = jnp.max(residual / jnp.maximum(jnp.maximum(terms, floor), tiny), axis=0)
+
+    # ∇ of the Lagrangian with the barrier's own costates and multipliers.
+    of_z = expanded.c + pull(expanded.F, costate[1:])
+    of_z, of_end = add_pull(of_z, expanded.c_final, expanded.G, layout.rows(nu))
+    upper, lower = layout.bounds(nu)
+    of_u = jnp.where(low < high, jnp.abs(of_z[:, n:] + upper - lower), 0)
+    of_x = jnp.concatenate([of_z[1:, :n], of_end[None]]) - costate[1:]
+    dual = jnp.maximum(
+        jnp.max(jnp.max(jnp.abs(of_x), axis=0) * size_x, axis=0),
+        jnp.max(jnp.max(of_u, axis=0) * size_u, axis=0),
+    )
+    return Local(
+        expanded=expanded,
+        first=first,
+        H=H,
+        H_final=H_final,
+        costate=costate,
+        g=g,
+        state=state,
+        warm=warm,
+        plain=plain,
+        sides=sides,
+        sizes=sizes,
+        weight=weight,
+        near=(near, near_x),
+        gradient=gradient,
+        clamped=held,
+        stationary=stationary,
+        dual=dual,
+        rounding=lanes.eps(x) * jnp.max(terms * size_u, axis=0),
+        finite=all_finite(
+            (x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim
+        ),
+    )
