@@ -23,8 +23,9 @@ from jaxmpc.types import (
     TerminalCost,
 )
 
-# The state of the plant, the plan, the control before, and the multipliers of the last plan.
-_Carry = tuple[Array, Array, Array, Multipliers | None]
+# The state of the plant, the plan, its states if there is a guess, the control before, and the
+# multipliers of the last plan.
+_Carry = tuple[Array, Array, Array | None, Array, Multipliers | None]
 
 
 def receding_horizon(
@@ -35,6 +36,7 @@ def receding_horizon(
     params: Any = None,
     *,
     num_steps: int,
+    x_guess: ArrayLike | None = None,
     plant: Dynamics | None = None,
     terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
@@ -59,6 +61,8 @@ def receding_horizon(
       x_init: [n], the plant's first state.
       u_init: [T, m], where the first solve starts.
       num_steps: N, a Python int, at least 1.
+      x_guess: [T+1, n], the states that the first solve starts from beside u_init; the others then
+        start from those of the plan before, shifted likewise, the last one repeated.
       plant: (x, u, t, params) -> next state of shape [n]; ``dynamics`` by default. Any JAX function
         will do: other physics than the model's, disturbances indexed by t, a learned residual.
       u_lower, u_upper: broadcast to [T, m]: bounds of the T stages of every plan.
@@ -104,19 +108,20 @@ def receding_horizon(
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
     problem, data, options = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
-        u_upper=u_upper, constraints=constraints, options=options,
+        cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
+        u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
     dtype, n = data.x_init.dtype, problem.num_states
 
     def step(carry: _Carry, k: Array) -> tuple[_Carry, tuple[Array, ...]]:
-        x, plan, previous, multipliers = carry
+        x, plan, guess, previous, multipliers = carry
         solution = mpc_solve(
             lambda x, u, i, params: cost(x, u, k + i, params),
             lambda x, u, i, params: dynamics(x, u, k + i, params),
             x,
             plan,
             params,
+            x_guess=guess,
             terminal_cost=terminal_cost,
             u_lower=data.u_lower,
             u_upper=data.u_upper,
@@ -128,12 +133,14 @@ def receding_horizon(
         validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
         # The warm start carries no derivative: that of the solution in u_init is zero.
         plan = lax.stop_gradient(_shifted(solution.u))
+        if guess is not None:
+            guess = lax.stop_gradient(_shifted(solution.x))
         if multipliers is not None:
             usable = solution.status == Status.CONVERGED
             multipliers = jax.tree.map(
                 lambda a: jnp.where(usable, a, 0), lax.stop_gradient(_later(solution.multipliers))
             )
-        return (x_next.astype(dtype), plan, u, multipliers), (
+        return (x_next.astype(dtype), plan, guess, u, multipliers), (
             x,
             u,
             jnp.asarray(cost(x, u, k, params), dtype),
@@ -143,8 +150,7 @@ def receding_horizon(
         )
 
     @jax.jit
-    def run(x: Array, plan: Array, previous: Array, multipliers: Multipliers | None) -> Episode:
-        start = x, plan, previous, multipliers
+    def run(start: _Carry) -> Episode:
         (x_final, *_), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
 
@@ -153,7 +159,8 @@ def receding_horizon(
         multipliers = lax.stop_gradient(named_multipliers(problem, data.multipliers))
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
-    episode: Episode = run(data.x_init[:n], data.u_init, previous, multipliers)
+    guess = None if data.x_guess is None else data.x_guess[:, :n]
+    episode: Episode = run((data.x_init[:n], data.u_init, guess, previous, multipliers))
     return episode
 
 

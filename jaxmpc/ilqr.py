@@ -36,6 +36,7 @@ def ilqr_box(
     u_init: ArrayLike,
     params: Any = None,
     *,
+    x_guess: ArrayLike | None = None,
     terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
@@ -85,8 +86,8 @@ def ilqr_box(
     with constraints: Wächter and Biegler, Mathematical Programming 106, 2006.
     """
     problem, data, options = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
-        u_upper=u_upper, constraints=constraints, options=options,
+        cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
+        u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
     solve = solver(problem)
     run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)[0]))

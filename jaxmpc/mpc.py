@@ -19,6 +19,7 @@ def mpc_solve(
     u_init: ArrayLike,
     params: Any = None,
     *,
+    x_guess: ArrayLike | None = None,
     terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
@@ -43,6 +44,9 @@ def mpc_solve(
       params: any pytree of arrays and numbers, given to all functions: physical constants, a
         network's weights, a reference trajectory that they index by t. The functions may close
         over traced values too.
+      x_guess: [T+1, n], states to start from beside u_init, which the dynamics need not hold for:
+        for horizons that are long, and plants so unstable that the rollout of u_init says nothing
+        or overflows. Its first row is x_init whatever it says. None: that rollout.
       terminal_cost: (x [n], params) -> scalar; none by default.
       u_lower, u_upper: broadcast to [T, m]; ±inf and equal bounds are legal; none by default.
       constraints: on states and controls, hard or soft, bounds of the states, and the controls'
@@ -58,9 +62,9 @@ def mpc_solve(
     for a Hessian: forward mode, and so ``jax.hessian``, is a TypeError). ``x``, ``u`` and
     ``costate`` have the derivative of the solution by the implicit function theorem, ``objective``
     by the envelope theorem, ``K`` that of its recursion; ``kkt_residual`` counts as a constant. The
-    gradient in u_init and in options is zero. With ``Options.unconverged="zero"``, the default, so
-    is every gradient of a problem whose status is not CONVERGED: log the share that converged, and
-    mask those that are NONFINITE in the loss itself, whose values are NaN.
+    gradient in u_init, x_guess and options is zero. With ``Options.unconverged="zero"``, the
+    default, so is every gradient of a problem whose status is not CONVERGED: log the share that
+    converged, and mask those that are NONFINITE in the loss itself, whose values are NaN.
 
     The user's functions are differentiated twice and in forward mode: inside them,
     ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.
@@ -104,8 +108,8 @@ def mpc_solve(
     primal-dual interior-point method, after Wächter and Biegler 2006: see ``ilqr_box``.
     """
     problem, data, options = trace(
-        cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
-        u_upper=u_upper, constraints=constraints, options=options,
+        cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
+        u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
     solve = differentiable(problem, traced_once(solver(problem)))
     run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)))

@@ -111,6 +111,13 @@ def mpc_arguments(
     return x_init, u_init, u_lower, u_upper
 
 
+def state_guess(x_guess: Any, T: int, n: int) -> Array:
+    """x_guess [T+1, n], checked but not yet of the dtype of the others."""
+    array = floating("x_guess", x_guess)
+    has_shape("x_guess", array, (T + 1, n), "[T+1, n]")
+    return array
+
+
 def state_bounds(
     constraints: Constraints, shape: tuple[int, int], dtype: Any
 ) -> tuple[Array | None, Array | None]:

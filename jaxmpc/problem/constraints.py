@@ -235,7 +235,11 @@ def _with_rate(problem: Problem, data: Data, blocks: _Blocks, rate: Rate):
             fn = functools.partial(change, sign=-1 if kind.below else 1)
             blocks[kind] = _Block(fn, _bound_prices(given["limit"]))
     data = _with_constants(data, rate=given)
-    data = data._replace(x_init=jnp.concatenate([data.x_init, previous.astype(dtype)]))
+    x_init, x_guess = jnp.concatenate([data.x_init, previous.astype(dtype)]), data.x_guess
+    if x_guess is not None:
+        before = jnp.concatenate([x_init[None, n:], data.u_init])
+        x_guess = lax.stop_gradient(jnp.concatenate([x_guess, before], axis=1))
+    data = data._replace(x_init=x_init, x_guess=x_guess)
     return augmented, data, blocks
 
 

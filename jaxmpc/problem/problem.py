@@ -42,8 +42,8 @@ class Problem(NamedTuple):
 
 class Data(NamedTuple):
     """Every array that the solution depends on, of one floating dtype where they are states,
-    controls or bounds. The solution does not depend on ``u_init`` and ``multipliers``, but which
-    one is found does."""
+    controls or bounds. The solution does not depend on ``u_init``, ``x_guess`` and
+    ``multipliers``, but which one is found does."""
 
     theta: Theta
     x_init: Array  # [n]
@@ -53,3 +53,4 @@ class Data(NamedTuple):
     prices: Prices
     multipliers: Rows  # where the search starts
     unmoved: Array  # [p] bool, the hard rows of the first stage that its control does not move
+    x_guess: Array | None = None  # [T+1, n], where the states start; None: at the rollout

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
@@ -31,6 +31,7 @@ def trace(
     u_init: ArrayLike,
     params: Any,
     *,
+    x_guess: ArrayLike | None = None,
     terminal_cost: TerminalCost | None = None,
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
@@ -40,6 +41,8 @@ def trace(
     """Check the arguments of a public call, and trace the user's functions."""
     validation.check_options(options)
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
+    if x_guess is not None:
+        x_guess = validation.state_guess(x_guess, len(u_init), len(x_init))
     validation.check_params(params)
     named: dict[str, Callable] = dict(cost=cost, dynamics=dynamics)
     if terminal_cost is not None:
@@ -56,7 +59,8 @@ def trace(
             given.append(name)
             named[name] = checked(name, fn, n, m, T)
 
-    dtype = jnp.result_type(x_init, u_init, u_lower, u_upper)
+    floats = (x_init, u_init, u_lower, u_upper) + (() if x_guess is None else (x_guess,))
+    dtype = jnp.result_type(*floats)
     while True:
         x, u = _abstract(x_init, dtype), _abstract(u_init[0], dtype)
         traced = {
@@ -95,7 +99,10 @@ def trace(
     x_init, u_init, u_lower, u_upper = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
     theta, prices = Theta(params, constants), Prices(none, none, none)
     unmoved = jnp.zeros(0, bool)
-    data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none, unmoved)
+    if x_guess is not None:
+        x_guess = jnp.concatenate([x_init[None], x_guess[1:].astype(dtype)])
+        x_guess = lax.stop_gradient(x_guess)
+    data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none, unmoved, x_guess)
     sizes = {name: traced[name][2].shape[0] for name in functions}
     problem, data = with_constraints(problem, data, functions, sizes, constraints)
     return problem, data, validation.with_trust_region(options, data.u_init)

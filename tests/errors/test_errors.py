@@ -138,6 +138,16 @@ MPC_ERRORS = {
         ValueError,
         r"u_init must have shape \[T, m\] with every size at least 1, got \[0, 1\]$",
     ),
+    "x_guess of another shape": (
+        dict(x_guess=np.zeros((T, N))),
+        ValueError,
+        r"x_guess must have shape \[T\+1, n\] = \[4, 2\], got \[3, 2\]",
+    ),
+    "x_guess integer": (
+        dict(x_guess=np.zeros((T + 1, N), int)),
+        TypeError,
+        "x_guess must be a floating-point array, got dtype int64: pass floats",
+    ),
     "bounds of another shape": (
         dict(u_lower=np.zeros(T)),
         ValueError,
