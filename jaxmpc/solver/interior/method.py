@@ -13,7 +13,7 @@ from jaxmpc.problem.prices import RowState, largest_violation, slack_price
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.stages import transition
 from jaxmpc.riccati.point import z_of
-from jaxmpc.solver.assessment import tolerances
+from jaxmpc.solver.assessment import all_finite, tolerances
 from jaxmpc.solver.interior import active_set, barrier, filter
 from jaxmpc.solver.interior.barrier import Layout, Pairs
 from jaxmpc.solver.interior.filter import Candidate, Filter
@@ -67,8 +67,7 @@ class Carry(NamedTuple):
 def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Carry:
     lower, upper = data.u_lower, data.u_upper
     u = jnp.clip(data.u_init, lower, upper)
-    x = rollout(problem, data.theta, data.x_init, u)
-    values = evaluate(problem, data, x, u)
+    x, values = _first(problem, data, u)
     one, no = jnp.ones(wanted.shape, x.dtype), jnp.zeros(wanted.shape, bool)
     zero = jnp.zeros(wanted.shape, jnp.int32)
     nu = layout_of(values.g, u).rows_alone(data.multipliers)
@@ -110,6 +109,22 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Carr
         search=pack(search, wanted.ndim),
         evaluation=no_evaluation(x, u, values.g),
     )
+
+
+def _first(problem: Problem, data: Data, u: Array) -> tuple[Array, Values]:
+    """The states that a search starts with: those of the guess, or of the rollout; but x_init at
+    every stage where the rollout is so far off that its rounding hides what that would cost."""
+    if data.x_guess is not None:
+        x = jnp.concatenate([data.x_init[None], data.x_guess[1:]])
+        return x, evaluate(problem, data, x, u)
+    x = rollout(problem, data.theta, data.x_init, u)
+    both = jnp.stack([x, jnp.broadcast_to(data.x_init, x.shape)])
+    values = jax.vmap(lambda x: evaluate(problem, data, x, u))(both)
+    (rolled, held), (cost, other) = both, jnp.sum(jnp.abs(values.costs), axis=1)
+    usable = all_finite(jax.tree.map(lambda a: a[0], values), cost.ndim)
+    usable &= lanes.eps(x) * cost <= jnp.where(jnp.isfinite(other), other, jnp.inf)
+    of_rolled, of_held = (jax.tree.map(lambda a, i=i: a[i], values) for i in (0, 1))
+    return lanes.select(usable, (rolled, of_rolled), (held, of_held))
 
 
 def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> Carry:
@@ -190,8 +205,6 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
     tau = jnp.where(solved, jnp.maximum(lower_tau, floor), s.tau)
     small_tau = tau <= _SMALL * FIRST * scale / T
     ended = s.leaving | out_of_time | ~here.finite
-    # A rollout that is not finite is no way to begin; with the states at x_init there may be one.
-    restarts = s.anew | (probing & ~here.finite & ~s.second)
     return Judgement(
         error=error,
         there=there,
@@ -206,8 +219,8 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
         small_tau=small_tau,
         counts=counts,
         measures=probing | ((s.mode == INTERIOR) & solved & small_tau),
-        leaves=(inside | probing) & ended & ~restarts,
-        restarts=restarts,
+        leaves=(inside | probing) & ended & ~s.anew,
+        restarts=s.anew,
         out_of_time=out_of_time,
     )
 
