@@ -28,6 +28,7 @@ from jaxmpc.solver.interior.state import (
 FIRST = 0.1  # τ at first, relative to what is to be gained a stage
 # What going away by as much as the states and controls are large costs a restoration.
 _NEAR = 0.1
+_NEARLY = 0.1  # with a smaller error a search begins with a finish
 
 
 class Sizes(NamedTuple):
@@ -51,7 +52,7 @@ class Local(NamedTuple):
     costate: Array
     g: Array  # of every row and bound
     state: State
-    warm: Array  # it begins with multipliers
+    warm: Array  # it begins with multipliers, or close to a solution
     plain: Sides
     sides: Sides  # the same, in a restoration relaxed
     sizes: Sizes
@@ -59,7 +60,8 @@ class Local(NamedTuple):
     near: tuple[Array, Array]  # [n+m] and [n], the curvature that keeps it near
     gradient: Array  # [T, m], ∇_u of the Lagrangian
     clamped: Array  # [T, m]
-    stationary: Array  # the residual over the terms that cancel in it
+    # On an active set, over what cancels and over the sizes of the rows.
+    error: Array
     dual: Array  # ∇ of the barrier's Lagrangian, in units of the objective
     rounding: Array  # in the gradient, in units of the objective
     finite: Array
@@ -118,13 +120,12 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
 
     # The active set.
     nu = at.pairs.nu
-    warm = probing & (jnp.max(jnp.abs(nu), axis=0) > 0)
     guess = State(jnp.where(sides.row, nu, 0), s.held.active, s.held.beyond)
     # What is to be gained, or until that is known, what the multipliers say of it.
-    gain = jnp.max(jnp.abs(layout.rows_alone(layout.rows(nu))) * sizes.some, axis=0)
-    gain = jnp.where(warm, gain, measures.scale)
+    force = jnp.max(jnp.where(sides.row, jnp.abs(nu) * sizes.some, 0), axis=0)
+    gain = jnp.where(probing, jnp.where(force > 0, force, 1), measures.scale)
     found = active_set.state_of(plain, nu, g, gain / sizes.some**2)
-    state = lanes.select((finishing & ~s.fresh) | warm, found, guess)
+    state = lanes.select((finishing & ~s.fresh) | probing, found, guess)
 
     # First and second order.
     multipliers = layout.rows(state.nu)
@@ -146,8 +147,11 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     size_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
     size_costate = jnp.concatenate([size_costate[1:], size_final[None]])
     terms = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
-    floor = 1e-3 * measures.scale / jnp.maximum(size_u, tiny)
+    floor = jnp.where(probing, 0, 1e-3 * measures.scale / jnp.maximum(size_u, tiny))
     stationary = jnp.max(residual / jnp.maximum(jnp.maximum(terms, floor), tiny), axis=0)
+    off = active_set.gaps(plain, g, state) / sizes.some
+    error = jnp.maximum(stationary, jnp.max(off, axis=0))
+    finite = all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim)
 
     # ∇ of the Lagrangian with the barrier's own costates and multipliers.
     of_z = expanded.c + pull(expanded.F, costate[1:])
@@ -167,7 +171,7 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         costate=costate,
         g=g,
         state=state,
-        warm=warm,
+        warm=probing & finite & ((force > 0) | (error < _NEARLY)),
         plain=plain,
         sides=sides,
         sizes=sizes,
@@ -175,10 +179,8 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         near=(near, near_x),
         gradient=gradient,
         clamped=held,
-        stationary=stationary,
+        error=error,
         dual=dual,
         rounding=lanes.eps(x) * jnp.max(terms * size_u, axis=0),
-        finite=all_finite(
-            (x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim
-        ),
+        finite=finite,
     )

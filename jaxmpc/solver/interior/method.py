@@ -175,15 +175,12 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
     probing, finishing, restoring = s.mode == PROBE, s.mode == FINISH, s.mode == RESTORE
     inside = (s.mode == INTERIOR) | restoring
 
-    evaluated = finishing & ~s.fresh
-    off = active_set.gaps(here.sides, here.g, here.state) / here.sizes.some
-    error = jnp.maximum(here.stationary, jnp.max(off, axis=0))
-    error = jnp.where(here.finite & evaluated, error, jnp.inf)
+    error = jnp.where(here.finite & finishing & ~s.fresh, here.error, jnp.inf)
     better = error <= _HALVES * s.error
     # Newton's step from a small error is worth its price: it ends at rounding.
     exact = (error <= jnp.minimum(goal, _EXACT * tolerance)) | ~better
     there = (error <= tolerance) & exact
-    ends = finishing & (s.last | (evaluated & (there | out_of_time)))
+    ends = finishing & (s.last | (~s.fresh & (there | out_of_time)))
     may = (error < 1) & (better | (s.misses < _MISSES))
     goes_on = finishing & ~ends & (s.fresh | may)
 
