@@ -199,7 +199,7 @@ def _smallest_curvature(system: System, u: Array) -> Array:
     v = lax.fori_loop(
         0, _INVERSE_ITERATIONS, lambda _, v: unit(inverse(v)), unit(jnp.where(free, start, 0))
     )
-    eigenvalue = 1 / jnp.vdot(v, inverse(v))
+    eigenvalue = 1 / lanes.vdot(v, inverse(v))
     definite = jnp.all(factors.curvature > definite_threshold(u.dtype))
     found = jnp.where(definite, eigenvalue, -jnp.abs(eigenvalue))
     return jnp.where(jnp.any(free), found, jnp.inf)

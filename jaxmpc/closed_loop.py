@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxmpc import validation
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.constraints import FUNCTIONS, KINDS, named_multipliers
-from jaxmpc.problem.trace import trace
+from jaxmpc.problem.trace import precise, trace
 from jaxmpc.types import (
     Constraints,
     Cost,
@@ -107,6 +107,7 @@ def receding_horizon(
     validation.check_count("num_steps", num_steps, least=1)
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
+    stage_cost, step_plant = precise(cost), precise(plant)
     problem, data, options = trace(
         cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
@@ -129,7 +130,7 @@ def receding_horizon(
             options=options,
         )
         u = solution.u[0]
-        x_next = jnp.asarray(plant(x, u, k, params))
+        x_next = jnp.asarray(step_plant(x, u, k, params))
         validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
         # The warm start carries no derivative: that of the solution in u_init is zero.
         plan = lax.stop_gradient(_shifted(solution.u))
@@ -143,7 +144,7 @@ def receding_horizon(
         return (x_next.astype(dtype), plan, guess, u, multipliers), (
             x,
             u,
-            jnp.asarray(cost(x, u, k, params), dtype),
+            jnp.asarray(stage_cost(x, u, k, params), dtype),
             solution.status,
             solution.iterations,
             solution.kkt_residual,

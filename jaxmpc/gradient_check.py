@@ -162,7 +162,7 @@ def check_gradients(
 
     def loss(inputs: dict[str, Any], u_init: Array) -> tuple[ArrayLike, Solution]:
         solution = solve(inputs, u_init)
-        terms = [jnp.vdot(weights[name], getattr(solution, name)) for name in weights]
+        terms = [lanes.vdot(weights[name], getattr(solution, name)) for name in weights]
         return sum(terms), solution
 
     # One program for all that is to be solved: compiling is what takes time.

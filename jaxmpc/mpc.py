@@ -70,6 +70,10 @@ def mpc_solve(
     ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.
 
     All floating arguments are promoted to one dtype together with what the functions return.
+    Products have the digits of that dtype on every device, also in the functions: by default GPUs
+    and TPUs multiply float32 with those of bfloat16 or TF32. In the functions (not in the solver)
+    a ``precision`` argument or a ``jax.default_matmul_precision`` around the call counts; products
+    in derivative rules of their own should name one.
 
     Raises:
       TypeError: an argument or a returned value of the wrong kind (an integer x_init, say).

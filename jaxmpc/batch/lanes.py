@@ -14,12 +14,16 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.typing import ArrayLike
 
 _CACHE = 40 * 1024  # bytes: of the first caches of today's CPUs, 32 to 48 KiB
 # Sums of up to this many terms are written out; for larger matrices a matrix product pays.
 MAX_TERMS = 16
+# Of every product of the library: by default GPUs and TPUs multiply float32 with the digits of
+# bfloat16 or TF32.
+_PRECISION = lax.Precision.HIGHEST
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -37,14 +41,12 @@ def any_rank(fn: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def materialize(fn, *args):
-    """``fn(*args)``, every result computed once and stored.
+    """``fn(*args)``; on the CPU every result computed once and stored.
 
     XLA fuses a product of small matrices into each of its users and computes it anew for each of
     their entries: two products in a row of 12x12 matrices take three times as long. On the
     CPU its optimization barriers do not prevent this; a call that is not inlined does.
     """
-    if jax.default_backend() != "cpu":
-        return fn(*args)
 
     @jax.jit
     def call(*args):
@@ -52,35 +54,52 @@ def materialize(fn, *args):
         with set_xla_metadata(inlineable=None):
             return fn(*args)
 
-    with set_xla_metadata(inlineable="false"):
-        return call(*args)
+    def stored(*args):
+        with set_xla_metadata(inlineable="false"):
+            return call(*args)
+
+    return lax.platform_dependent(*args, cpu=stored, default=fn)
+
+
+def product(*factors: Array) -> Array:
+    """``a @ b @ …``, of arrays without a batch on the last axis."""
+    return functools.reduce(functools.partial(jnp.matmul, precision=_PRECISION), factors)
+
+
+def vdot(a: ArrayLike, b: ArrayLike) -> Array:
+    """The sum of a b over all entries, likewise."""
+    return jnp.vdot(a, b, precision=_PRECISION)
+
+
+def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, precision=_PRECISION)
 
 
 def matmul(A: Array, B: Array) -> Array:
     """A B, for A [i, k, ...] and B [k, j, ...]."""
     if B.shape[0] > MAX_TERMS:
-        return jnp.einsum("ik...,kj...->ij...", A, B)
+        return _einsum("ik...,kj...->ij...", A, B)
     return sum_of(A[:, k, None] * B[k] for k in range(B.shape[0]))
 
 
 def matmul_t(A: Array, B: Array) -> Array:
     """Aᵀ B, for A [k, i, ...] and B [k, j, ...]."""
     if B.shape[0] > MAX_TERMS:
-        return jnp.einsum("ki...,kj...->ij...", A, B)
+        return _einsum("ki...,kj...->ij...", A, B)
     return sum_of(A[k, :, None] * B[k] for k in range(B.shape[0]))
 
 
 def matvec(A: Array, x: Array) -> Array:
     """A x, for A [i, k, ...] and x [k, ...]."""
     if x.shape[0] > MAX_TERMS:
-        return jnp.einsum("ik...,k...->i...", A, x)
+        return _einsum("ik...,k...->i...", A, x)
     return sum_of(A[:, k] * x[k] for k in range(x.shape[0]))
 
 
 def matvec_t(A: Array, x: Array) -> Array:
     """Aᵀ x, for A [k, i, ...] and x [k, ...]."""
     if x.shape[0] > MAX_TERMS:
-        return jnp.einsum("ki...,k...->i...", A, x)
+        return _einsum("ki...,k...->i...", A, x)
     return sum_of(A[k] * x[k] for k in range(x.shape[0]))
 
 
@@ -116,7 +135,7 @@ def every(a: Array, axes: int = 1) -> Array:
     for axis in range(axes - 1, 0, -1):
         if 0 < a.shape[axis] <= MAX_TERMS:
             # Written out, for a reduction goes through one lane after the other.
-            each = (jax.lax.index_in_dim(a, i, axis, False) for i in range(a.shape[axis]))
+            each = (lax.index_in_dim(a, i, axis, False) for i in range(a.shape[axis]))
             a = functools.reduce(jnp.logical_and, each)
         else:
             a = jnp.all(a, axis=axis)
@@ -156,39 +175,50 @@ def last(fn, sizes):
             for leaf, flag in zip(leaves, flags, strict=True)
         ]
         n, m = sizes(*jax.tree.unflatten(treedef, one))
-        most = width((n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one))
-        num_blocks = max(1, -(-size // most))
-        num = -(-size // num_blocks)
 
-        def block(own):
-            own = iter(own)
-            full = [
-                jnp.moveaxis(next(own), 0, -1) if flag else spread(leaf, num)
-                for leaf, flag in zip(leaves, flags, strict=True)
-            ]
-            out = fn(*jax.tree.unflatten(treedef, full))
-            return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+        def in_blocks(most, *leaves):
+            num_blocks = max(1, -(-size // most))
+            num = -(-size // num_blocks)
 
-        def deal(a):  # The last block may end with copies of the last problem.
-            missing = num_blocks * num - size
-            if missing:
-                a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (missing, *a.shape[1:]))])
-            return a.reshape(num_blocks, num, *a.shape[1:])
+            def block(own):
+                own = iter(own)
+                full = [
+                    jnp.moveaxis(next(own), 0, -1) if flag else spread(leaf, num)
+                    for leaf, flag in zip(leaves, flags, strict=True)
+                ]
+                out = fn(*jax.tree.unflatten(treedef, full))
+                return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
 
-        own = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-        if num_blocks == 1:
-            return block(own)
-        out = jax.lax.map(block, [deal(a) for a in own])
-        return jax.tree.map(lambda a: a.reshape(num_blocks * num, *a.shape[2:])[:size], out)
+            def deal(a):  # The last block may end with copies of the last problem.
+                missing = num_blocks * num - size
+                if missing:
+                    a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (missing, *a.shape[1:]))])
+                return a.reshape(num_blocks, num, *a.shape[1:])
+
+            own = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+            if num_blocks == 1:
+                return block(own)
+            out = lax.map(block, [deal(a) for a in own])
+            return jax.tree.map(lambda a: a.reshape(num_blocks * num, *a.shape[2:])[:size], out)
+
+        bytes_each = (n + m) ** 2 * max(leaf.dtype.itemsize for leaf in one)
+        return of_width(in_blocks, size, bytes_each, *leaves)
 
     return many
 
 
+def of_width(fn: Callable, size: int, bytes_each: int, *args):
+    """``fn(width, *args)``, with how many of ``size`` problems to work on at once: on the CPU what
+    its caches hold, elsewhere all of them."""
+    most = width(bytes_each)
+    if size <= most:
+        return fn(size, *args)
+    some, everyone = functools.partial(fn, most), functools.partial(fn, size)
+    return lax.platform_dependent(*args, cpu=some, default=everyone)
+
+
 def width(bytes_each: int) -> int:
-    """How many problems to work on at once: on the CPU, so many that a matrix of each of them
-    fits into the first cache, a power of two from 16 to 128; elsewhere, any number."""
-    if jax.default_backend() != "cpu":
-        return 1 << 30
+    """How many problems have a matrix each in the first cache: a power of two from 16 to 128."""
     return min(128, max(16, 1 << max(1, _CACHE // bytes_each).bit_length() - 1))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import (
     constraint_values,
     expand,
@@ -31,8 +32,8 @@ def value(
     g = constraint_values(problem, theta, x, u)
     return (
         jnp.sum(stage_costs(problem, theta, x, u))
-        + jnp.vdot(costate[1:], x_next - x[1:])
-        + costate[0] @ (x_init - x[0])
+        + lanes.vdot(costate[1:], x_next - x[1:])
+        + lanes.vdot(costate[0], x_init - x[0])
         + total(row_terms(g, state._replace(multiplier=multiplier), prices))
     )
 
@@ -55,7 +56,7 @@ def gradient(
         x, u = z[:n], z[n:]
         x_next, g = problem.dynamics(x, u, t, theta), problem.constraint(x, u, t, theta)
         paid = jnp.sum(row_terms(g, *of_rows))
-        return problem.cost(x, u, t, theta) + costate @ x_next + paid, (x_next, g)
+        return problem.cost(x, u, t, theta) + lanes.vdot(costate, x_next) + paid, (x_next, g)
 
     def end(x):
         g = problem.final_constraint(x, theta)

@@ -148,10 +148,15 @@ def hessians(
 
         def bending(z, *rest):
             *weights, t, theta = rest
-            return sum(w @ fn(z, t, theta) for fn, w in zip(functions, weights, strict=True))
+            pairs = zip(functions, weights, strict=True)
+            return sum(lanes.vdot(w, fn(z, t, theta)) for fn, w in pairs)
 
         H = H + along(jax.hessian(bending), theta, z_of(x, u), *weights)
     if multipliers.final.shape[0]:
-        bend = jax.hessian(lambda x, nu, theta: nu @ problem.final_constraint(x, theta))
+
+        def bending_at_end(x, nu, theta):
+            return lanes.vdot(nu, problem.final_constraint(x, theta))
+
+        bend = jax.hessian(bending_at_end)
         H_final = H_final + at_end(bend, theta, x[-1], multipliers.final)
     return H, H_final

@@ -53,8 +53,8 @@ class Quadratic:
             u, t, _ = rest
             C, c = at_stage(self.C, 2, t), at_stage(self.c, 1, t)
             z = jnp.concatenate([x, u])
-        value = 0.5 * z @ (jnp.asarray(C) @ z)
-        return value if c is None else value + jnp.asarray(c) @ z
+        value = 0.5 * lanes.vdot(z, lanes.product(jnp.asarray(C), z))
+        return value if c is None else value + lanes.vdot(jnp.asarray(c), z)
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +80,7 @@ class Affine:
     f: ArrayLike | None = None
 
     def __call__(self, x: Array, u: Array, t: Any, params: Any) -> Array:
-        x_next = jnp.asarray(at_stage(self.F, 2, t)) @ jnp.concatenate([x, u])
+        x_next = lanes.product(jnp.asarray(at_stage(self.F, 2, t)), jnp.concatenate([x, u]))
         return x_next if self.f is None else x_next + jnp.asarray(at_stage(self.f, 1, t))
 
 

@@ -121,13 +121,32 @@ def _hoist(fn, args):
         return lambda given, *args: given(*args), fn, jax.eval_shape(fn, *args)
     # Without the mesh of devices that is in use: the solver deals the batch out itself.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+        with jax.default_matmul_precision(_precision()):
+            closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
 
+    @precise  # The derivative rules inside are traced here.
     def hoisted(constants, *args):
         flat = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
         return flat[0]
 
     return hoisted, closed.consts, out
+
+
+def precise(fn: Callable) -> Callable:
+    """``fn``, a function of the user, with all digits in the products that ask for no precision,
+    unless a ``jax.default_matmul_precision`` around this says otherwise (see ``lanes``)."""
+    precision = _precision()
+
+    def call(*args):
+        with jax.default_matmul_precision(precision):
+            return fn(*args)
+
+    return call
+
+
+def _precision() -> Any:
+    config: Any = jax.config
+    return config.jax_default_matmul_precision or "highest"
 
 
 def _check_outputs(outputs: dict[str, Any], x: jax.ShapeDtypeStruct, dtype):

@@ -87,8 +87,10 @@ def _cost_to_go_jvp(primals, tangents):
     K = _each_stage(riccati_stage, C, F, free, V[1:])[0].K
     eye = jnp.broadcast_to(jnp.eye(n, dtype=V.dtype), (K.shape[0], n, n))
     to_z = jnp.concatenate([eye, K], axis=1)
-    closed = F @ to_z
-    bend = _transpose(to_z) @ (C_dot @ to_z) + 2 * _transpose(closed) @ (V[1:] @ (F_dot @ to_z))
+    closed = lanes.product(F, to_z)
+    bend = lanes.product(_transpose(to_z), lanes.product(C_dot, to_z))
+    turn = lanes.product(V[1:], lanes.product(F_dot, to_z))
+    bend += 2 * lanes.product(_transpose(closed), turn)
     moved = _append(_symmetric(bend), _symmetric(C_final_dot))
     return V, _recursion_back(_congruence, closed, moved)
 
@@ -130,9 +132,11 @@ def _combine(later, earlier):
     (A2, C2, J2), (A1, C1, J1) = later, earlier
     n = A1.shape[0]
     eye = jnp.eye(n, dtype=A1.dtype)
-    solved = _solve(eye + C1 @ J2, jnp.concatenate([A1, C1], axis=1))
+    solved = _solve(eye + lanes.product(C1, J2), jnp.concatenate([A1, C1], axis=1))
     A, C = solved[:, :n], solved[:, n:]
-    return A2 @ A, C2 + _symmetric(A2 @ C @ A2.T), J1 + _symmetric(A1.T @ (J2 @ A))
+    C = C2 + _symmetric(lanes.product(A2, C, A2.T))
+    J = J1 + _symmetric(lanes.product(A1.T, lanes.product(J2, A)))
+    return lanes.product(A2, A), C, J
 
 
 def _solve(matrix, rhs):
@@ -208,7 +212,7 @@ def _scan(act, F, y):
 
 def _associative_affine(act, F, y):
     def combine(first, then):
-        return then[0] @ first[0], act(then[0], first[1]) + then[1]
+        return lanes.product(then[0], first[0]), act(then[0], first[1]) + then[1]
 
     start = y[1:].at[0].add(act(F[0], y[0]))
     return jnp.concatenate([y[:1], lax.associative_scan(combine, (F, start))[1]])
@@ -247,7 +251,7 @@ def _each_stage(body, *data):
 
 def _closed_loop(F, K):
     n = F.shape[1]
-    return F[:, :, :n] + F[:, :, n:] @ K
+    return F[:, :, :n] + lanes.product(F[:, :, n:], K)
 
 
 def _tolerance(dtype) -> float:
@@ -255,11 +259,11 @@ def _tolerance(dtype) -> float:
 
 
 def _apply(F, x):
-    return (F @ x[..., None])[..., 0]
+    return lanes.product(F, x[..., None])[..., 0]
 
 
 def _congruence(F, X):
-    return F @ X @ _transpose(F)
+    return lanes.product(F, X, _transpose(F))
 
 
 def _transpose(a):

@@ -52,37 +52,40 @@ def solver(problem: Problem):
     def many(size, batched, *problems):
         x_init, u_init = problems[0].x_init, problems[0].u_init
         num = x_init.shape[-1] + u_init.shape[-1]
-        width = min(size, lanes.width(num**2 * x_init.dtype.itemsize))
 
-        def take(index):
-            def one(a, own):
-                if not own:
-                    return a
-                return jnp.moveaxis(a if index is None else a[index], 0, -1)
+        def on_lanes(width, *problems):
+            def take(index):
+                def one(a, own):
+                    if not own:
+                        return a
+                    return jnp.moveaxis(a if index is None else a[index], 0, -1)
 
-            data, options = jax.tree.map(one, problems, tuple(batched))
-            # States, controls and bounds on every lane; what theta or options share stays shared.
-            arrays = jax.tree.map(
-                lambda a, own: a if own else lanes.spread(a, width), data[1:], batched[0][1:]
+                data, options = jax.tree.map(one, problems, tuple(batched))
+                # States, controls and bounds on every lane; what theta or options share stays
+                # shared.
+                arrays = jax.tree.map(
+                    lambda a, own: a if own else lanes.spread(a, width), data[1:], batched[0][1:]
+                )
+                if options.trust_region is not None and not batched[1].trust_region:
+                    reach = lanes.spread(options.trust_region, width)
+                    options = dataclasses.replace(options, trust_region=reach)
+                flags = tuple(jax.tree.leaves(batched[0].theta))
+                theta = dataclasses.replace(data.theta, lanes=(width,), batched=flags)
+                return Data(theta, *arrays), options
+
+            if width == size:
+                out = forward(problem, *take(None))
+                return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
+            return in_turns(
+                size,
+                width,
+                take,
+                start=lambda problems, wanted: method.start(problem, *problems, wanted),
+                step=lambda problems, s: method.trip(problem, *problems, s),
+                running=lambda s: s.status == RUNNING,
+                report=lambda problems, s: method.report(problems[0], s),
             )
-            if options.trust_region is not None and not batched[1].trust_region:
-                reach = lanes.spread(options.trust_region, width)
-                options = dataclasses.replace(options, trust_region=reach)
-            flags = tuple(jax.tree.leaves(batched[0].theta))
-            theta = dataclasses.replace(data.theta, lanes=(width,), batched=flags)
-            return Data(theta, *arrays), options
 
-        if width == size:
-            out = forward(problem, *take(None))
-            return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), out)
-        return in_turns(
-            size,
-            width,
-            take,
-            start=lambda problems, wanted: method.start(problem, *problems, wanted),
-            step=lambda problems, s: method.trip(problem, *problems, s),
-            running=lambda s: s.status == RUNNING,
-            report=lambda problems, s: method.report(problems[0], s),
-        )
+        return lanes.of_width(on_lanes, size, num**2 * x_init.dtype.itemsize, *problems)
 
     return batchwise(functools.partial(forward, problem), many)
