@@ -77,7 +77,7 @@ def receding_horizon(
       An ``Episode`` with the plant's states [N+1, n], the controls [N, m], the stage costs [N] of
       what happened, and per solve its status, iterations and KKT residual [N].
 
-    Differentiable, in reverse mode, in whatever ``mpc_solve`` and the plant are differentiable in:
+    Differentiable, by the rule that ``options`` name, in whatever ``mpc_solve`` and the plant are:
     x and u with respect to x_init, params and everything that the functions close over. A step
     whose solve did not converge contributes what ``Options.unconverged`` says.
 

@@ -8,11 +8,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
-from jaxmpc.derivative.tied import tied
+from jaxmpc.derivative.tied import along, tied
 from jaxmpc.riccati import kkt
-from jaxmpc.riccati.constrained import System, no_active_rows
+from jaxmpc.riccati.constrained import System, no_active_rows, residual
 from jaxmpc.riccati.point import Point, Rhs, no_rows
-from jaxmpc.types import LQRSolution, RiccatiMethod
+from jaxmpc.types import DerivativeRule, LQRSolution, RiccatiMethod
 
 _Gains = tuple[Array, Array]  # K and k
 
@@ -28,6 +28,7 @@ def lqr_solve(
     c_final: ArrayLike | None = None,
     free: ArrayLike | None = None,
     method: RiccatiMethod = "auto",
+    derivative: DerivativeRule = "vjp",
 ) -> LQRSolution:
     """The finite-horizon linear-quadratic regulator with pinned controls.
 
@@ -53,16 +54,20 @@ def lqr_solve(
         the sequential result to rounding, and where it would not, that is what comes back, at the
         price of both. "auto" is sequential: on CPU the parallel solve was far slower for a
         batch, and no clear gain for one problem. Other hardware was not measured.
+      derivative: "vjp" for reverse mode; "jvp" for forward mode too, at one more LQR solve with the
+        forward's factorization a tangent. See ``Options.derivative``.
 
     Returns:
       An ``LQRSolution`` with x [T+1, n], u [T, m], costate [T+1, n], K [T, m, n], k [T, m].
 
-    Differentiable, in reverse mode and to any order, in every array argument but ``free``. The
-    backward pass of x, u and costate is one more LQR solve with the forward's factorization.
+    Differentiable to any order in every array argument but ``free``, in reverse mode, and with
+    ``derivative="jvp"`` in forward mode too. The backward pass of x, u and costate is one more LQR
+    solve with the forward's factorization.
 
     Raises:
       TypeError: an argument is not real floating-point (``free``: not boolean).
-      ValueError: a shape does not fit the others, or ``method`` is none of the above.
+      ValueError: a shape does not fit the others, or ``method`` or ``derivative`` is none of the
+        above.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,6 +84,7 @@ def lqr_solve(
     cost and the mask. The parallel method: Särkkä and García-Fernández 2023 (arXiv:2104.03186).
     """
     validation.check_choice("method", method, get_args(RiccatiMethod))
+    validation.check_choice("derivative", derivative, get_args(DerivativeRule))
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
@@ -87,12 +93,18 @@ def lqr_solve(
     how = kkt.METHODS[method]
     factors, point, k = how.solve(*lax.stop_gradient((C, F, C_final, free, rhs)))
     system = System(factors, C, F, C_final, free, no_active_rows(F))
-    (x, u, costate, _), (K, k) = _with_derivatives(how, system, rhs, point, (factors.K, k))
+    found = point, (factors.K, k)
+    (x, u, costate, _), (K, k) = _with_derivatives(how, system, rhs, *found, derivative)
     return LQRSolution(x, u, costate, K, k)
 
 
 def _with_derivatives(
-    method: kkt.Method, system: System, rhs: Rhs, point: Point, gains: _Gains
+    method: kkt.Method,
+    system: System,
+    rhs: Rhs,
+    point: Point,
+    gains: _Gains,
+    rule: DerivativeRule,
 ) -> tuple[Point, _Gains]:
     """The plan, which moves as that of ``kkt_solve``, and the gains, which move as those of the
     recursion: both were found from constants."""
@@ -100,21 +112,33 @@ def _with_derivatives(
     def pull_plan(cotangent: Point, point: Point, system: System, rhs: Rhs) -> tuple[System, Rhs]:
         return kkt.solve_cotangents(method, (system, point), cotangent)
 
+    def push_plan(tangents: tuple[Any, Any], point: Point, system: System, rhs: Rhs) -> Point:
+        def left(system: System, rhs: Rhs) -> Rhs:
+            return residual(system, point, rhs)
+
+        return kkt.linear_kkt_solve(method, system, along(left, (system, rhs), tangents))
+
+    def recursion(system: System, rhs: Rhs) -> _Gains:
+        factorize, substitute = method.recursion
+        factors = factorize(system.C, system.F, system.C_final, system.free)
+        return factors.K, substitute(factors, system.F, rhs)[1]
+
     def pull_gains(
         cotangent: _Gains, gains: _Gains, system: System, rhs: Rhs
     ) -> tuple[System, Rhs]:
-        factorize, substitute = method.recursion
-
-        def recursion(C: Array, F: Array, C_final: Array, rhs: Rhs) -> _Gains:
-            factors = factorize(C, F, C_final, system.free)
-            return factors.K, substitute(factors, F, rhs)[1]
+        def of_matrices(C: Array, F: Array, C_final: Array, rhs: Rhs) -> _Gains:
+            return recursion(system._replace(C=C, F=F, C_final=C_final), rhs)
 
         none: Any = None
-        _, vjp = jax.vjp(recursion, system.C, system.F, system.C_final, rhs)
+        _, vjp = jax.vjp(of_matrices, system.C, system.F, system.C_final, rhs)
         C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
         return System(none, C_bar, F_bar, C_final_bar, none, none), rhs_bar
 
+    def push_gains(tangents: tuple[Any, Any], gains: _Gains, system: System, rhs: Rhs) -> _Gains:
+        moved: _Gains = along(recursion, (system, rhs), tangents)
+        return moved
+
     return (
-        tied(pull_plan, moves=False)(point, system, rhs),
-        tied(pull_gains, moves=False)(gains, system, rhs),
+        tied(pull_plan, push_plan, rule=rule, moves=False)(point, system, rhs),
+        tied(pull_gains, push_gains, rule=rule, moves=False)(gains, system, rhs),
     )

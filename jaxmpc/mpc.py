@@ -59,7 +59,8 @@ def mpc_solve(
 
     Differentiable in reverse mode in x_init, params, everything that the functions close over,
     u_lower, u_upper and the numbers in ``constraints``, to any order (``jax.jacrev(jax.jacrev(f))``
-    for a Hessian: forward mode, and so ``jax.hessian``, is a TypeError). ``x``, ``u`` and
+    for a Hessian: forward mode, and so ``jax.hessian``, is a TypeError, for it takes another rule:
+    ``Options(derivative="jvp")``, where all modes work). ``x``, ``u`` and
     ``costate`` have the derivative of the solution by the implicit function theorem, ``objective``
     by the envelope theorem, ``K`` that of its recursion; ``kkt_residual`` counts as a constant. The
     gradient in u_init, x_guess and options is zero. With ``Options.unconverged="zero"``, the

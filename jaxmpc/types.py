@@ -9,6 +9,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
+DerivativeRule = Literal["vjp", "jvp"]
 RiccatiMethod = Literal["auto", "sequential", "parallel"]
 
 # The user's functions, of (x [n], u [m], t, params); those of the end, of (x [n], params). Params
@@ -92,6 +93,11 @@ class Options:
       riccati: how the linear system of the backward pass of ``mpc_solve`` is solved: "sequential"
         (stage by stage), "parallel" (O(log T) steps, for long horizons on wide hardware) or
         "auto", which is sequential at present. See ``method`` of ``lqr_solve``.
+      derivative: the rule that ``mpc_solve`` gives its solution: "vjp", a ``jax.custom_vjp``, for
+        reverse mode alone; or "jvp", for forward mode too (``jax.jvp``, ``jacfwd``, ``linearize``,
+        ``hessian``), where a tangent is one linear solve with the stored factors: the whole
+        ∂(x, u)/∂x_init takes n of them, and in reverse mode one for every entry of x and u. JAX
+        has no function with both rules; reverse mode of "jvp" is its transpose.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,6 +128,7 @@ class Options:
         default="zero", metadata=dict(static=True)
     )
     riccati: RiccatiMethod = dataclasses.field(default="auto", metadata=dict(static=True))
+    derivative: DerivativeRule = dataclasses.field(default="vjp", metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxmpc.types import Constraints, Multipliers, Options, Rate, RiccatiMethod, Slack
+from jaxmpc.types import (
+    Constraints,
+    DerivativeRule,
+    Multipliers,
+    Options,
+    Rate,
+    RiccatiMethod,
+    Slack,
+)
 
 
 def floating(name: str, value: Any) -> Array:
@@ -223,6 +231,7 @@ _CHOICES = dict(
     backward_hessian=("exact", "ilqr"),
     unconverged=("zero", "nan", "implicit"),
     riccati=get_args(RiccatiMethod),
+    derivative=get_args(DerivativeRule),
 )
 
 

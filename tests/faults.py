@@ -32,6 +32,7 @@ class Fault(NamedTuple):
 GRADIENTS = "tests/gradients/test_unconstrained_gradients.py"
 ROWS = "tests/gradients/test_constrained_gradients.py"
 SECOND = "tests/gradients/test_second_derivatives.py"
+FORWARD = "tests/gradients/test_forward_mode.py"
 PLANS = "tests/solutions/test_unconstrained.py"
 CONSTRAINED = "tests/solutions/test_constrained.py"
 STATE_BOUNDS = "tests/solutions/test_state_bounds.py tests/gradients/test_constrained_gradients.py"
@@ -47,6 +48,15 @@ FAULTS = [
     Fault(
         "a clamped control moves against its bound", "derivative/implicit.py",
         "return jnp.where(free, 0, bound - u)", "return jnp.where(free, 0, u - bound)", GRADIENTS,
+    ),
+    Fault(
+        "a tangent forgets that clamped controls move", "derivative/implicit.py",
+        "residual(system, clamped, rhs))", "rhs)", FORWARD,
+    ),
+    Fault(
+        "a product at the default precision", "batch/lanes.py",
+        "_PRECISION = lax.Precision.HIGHEST", "_PRECISION = None",
+        "tests/transforms/test_precision.py",
     ),
     Fault(
         "the bounds are mistaken for each other", "derivative/implicit.py",

@@ -8,13 +8,15 @@ How the derivative is attached, in three steps:
    rule, so JAX differentiates it natively: for weights that a batch shares, straight into one array
    of their size.
 3. The point is ``tied`` to that gradient: the backward pass maps the cotangent of the point to that
-   of the gradient, by one masked LQR solve with the forward pass's factorization (eq. 19).
+   of the gradient, by one masked LQR solve with the forward pass's factorization (eq. 19). With
+   ``Options(derivative="jvp")`` it is the tangents that are mapped, by the same solve.
 
 Second derivatives: the rule of ``fixed`` returns the differentiable solution itself as its primal
 value with a zero tangent, so an outer differentiation sees the point move: every order is right.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,15 +27,22 @@ from jax.custom_derivatives import SymbolicZero
 from jaxmpc.batch import lanes
 from jaxmpc.derivative import lagrangian
 from jaxmpc.derivative.isolation import Policy, by_policy, stand_in, zeros_unless
-from jaxmpc.derivative.tied import tied
+from jaxmpc.derivative.tied import along, materialized, tied
 from jaxmpc.problem.expansions import constraint_values
 from jaxmpc.problem.prices import Prices, RowState, add_curvature, slopes
 from jaxmpc.problem.problem import Data, Problem, Theta
 from jaxmpc.riccati.constrained import ActiveRows, System, penalised, residual
-from jaxmpc.riccati.kkt import METHODS, Method, adjoint_cotangent, adjoint_rhs, kkt_solve
+from jaxmpc.riccati.kkt import (
+    METHODS,
+    Method,
+    adjoint_cotangent,
+    adjoint_rhs,
+    kkt_solve,
+    linear_kkt_solve,
+)
 from jaxmpc.riccati.point import Point, Rhs, Rows
 from jaxmpc.solver.linearization import Linearization
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import DerivativeRule, Options, Solution, Status
 
 Solver = Callable[[Data, Options], tuple[Solution, Linearization]]
 
@@ -86,7 +95,7 @@ def _with_derivatives(
     used = solved if implicit else solution.status == Status.CONVERGED
     blank = jnp.nan if options.unconverged == "nan" else 0.0
     policy = Policy(used, jnp.asarray(blank, solution.u.dtype))
-    method = METHODS[options.riccati]
+    method, rule = METHODS[options.riccati], options.derivative
 
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
     # differentiate at, another one has to stand in.
@@ -99,20 +108,20 @@ def _with_derivatives(
     system, bound_multiplier = _kkt_system(problem, data, options, at, found, free, state)
     to_bound = _to_bound(data, safe.u, free, bound_multiplier)
     gradient = lagrangian.gradient(problem, theta, prices, data.x_init, safe, state)
-    moving = _tied_point(method, point, gradient, to_bound, system, policy)
+    moving = _tied_point(method, point, gradient, to_bound, system, policy, rule)
     value = lagrangian.value(problem, theta, prices, data.x_init, safe, state)
-    objective = _tied_value(solution.objective, value, to_bound, bound_multiplier, policy)
+    objective = _tied_value(solution.objective, value, to_bound, bound_multiplier, policy, rule)
     solution = dataclasses.replace(
         solution, x=moving.x, u=moving.u, costate=moving.costate, objective=objective
     )
     moving = lanes.select(solved, moving, safe)
     K = _tied_gains(
         problem, method, solution.K, (moving, theta, prices), state, linearization.weights, free,
-        policy,
+        policy, rule,
     )  # fmt: skip
     g = constraint_values(problem, theta, moving.x, moving.u)
     found = slopes(g, state._replace(multiplier=moving.multiplier), prices)
-    multipliers = lanes.select(solved, by_policy(found, policy), solution.multipliers)
+    multipliers = lanes.select(solved, by_policy(found, policy, rule), solution.multipliers)
     return dataclasses.replace(solution, K=K, multipliers=multipliers)
 
 
@@ -134,14 +143,18 @@ def _kkt_system(
     )
     found = C, linearization.F, C_final, linearization.G, linearization.gradient
 
-    def pull(cotangent, found, state, *at):
-        def matrices(point, theta, prices):
-            return lagrangian.matrices(problem, theta, prices, point, state, exact)
+    def matrices(state, point, theta, prices):
+        return lagrangian.matrices(problem, theta, prices, point, state, exact)
 
-        _, vjp = jax.vjp(matrices, *at)
+    def pull(cotangent, found, state, *at):
+        _, vjp = jax.vjp(functools.partial(matrices, state), *at)
         return None, *vjp(cotangent)
 
-    C, F, C_final, G, bound_multiplier = tied(pull, moves=False)(found, state, safe, theta, prices)
+    def push(tangents, found, *at):
+        return along(matrices, at, tangents)
+
+    tie = tied(pull, push, rule=options.derivative, moves=False)
+    C, F, C_final, G, bound_multiplier = tie(found, state, safe, theta, prices)
     rows = ActiveRows(G, state.active, linearization.weights)
     factors = linearization.factors
     if not exact:
@@ -161,14 +174,20 @@ def _to_bound(data: Data, u: Array, free: Array, multiplier: Array) -> Array:
 
 
 def _tied_point(
-    method: Method, point: Point, gradient: Rhs, to_bound: Array, system: System, policy: Policy
+    method: Method,
+    point: Point,
+    gradient: Rhs,
+    to_bound: Array,
+    system: System,
+    policy: Policy,
+    rule: DerivativeRule,
 ) -> Point:
     """``point``, as a function of ∇L and of the bounds.
 
     With M the Hessian of the Lagrangian in y = (x, u, λ, ν), free controls and active rows only,
     dy = −M⁻¹ d(∇L): the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f
     and ν̄ in that of g, and w is the cotangent of ∇L. A clamped control moves with its bound; the
-    rest answers.
+    rest answers. Forward mode solves M dy = −d(∇L), with what those controls make of it.
     """
 
     def pull(cotangent, point, gradient, to_bound, system, policy):
@@ -179,11 +198,23 @@ def _tied_point(
         pulled = adjoint_cotangent(w), jnp.where(system.free, 0, holds)
         return *policy(pulled), None, None
 
-    return tied(pull, moves=True)(point, gradient, to_bound, system, policy)
+    def push(tangents, point, gradient, to_bound, system, policy):
+        rhs, moved = materialized(tangents[:2])
+        clamped = jax.tree.map(jnp.zeros_like, point)._replace(u=moved)
+        answer = linear_kkt_solve(method, system, residual(system, clamped, rhs))
+        return policy.along(jax.tree.map(jnp.add, answer, clamped))
+
+    tie = tied(pull, push, rule=rule, moves=True)
+    return tie(point, gradient, to_bound, system, policy)
 
 
 def _tied_value(
-    value: Array, lagrangian: Array, to_bound: Array, bound_multiplier: Array, policy: Policy
+    value: Array,
+    lagrangian: Array,
+    to_bound: Array,
+    bound_multiplier: Array,
+    policy: Policy,
+    rule: DerivativeRule,
 ) -> Array:
     """The optimal value; its derivative is the Lagrangian's (envelope theorem)."""
 
@@ -191,7 +222,12 @@ def _tied_value(
         cotangent = policy(cotangent)
         return cotangent, policy(bound_multiplier * cotangent), None, None
 
-    return tied(pull, moves=True)(value, lagrangian, to_bound, bound_multiplier, policy)
+    def push(tangents, value, lagrangian, to_bound, bound_multiplier, policy):
+        slope, moved = materialized(tangents[:2])
+        return policy.along(slope + jnp.sum(bound_multiplier * moved))
+
+    tie = tied(pull, push, rule=rule, moves=True)
+    return tie(value, lagrangian, to_bound, bound_multiplier, policy)
 
 
 def _tied_gains(
@@ -203,20 +239,25 @@ def _tied_gains(
     weights: Rows,
     free: Array,
     policy: Policy,
+    rule: DerivativeRule,
 ) -> Array:
     """The gains, as the function that the recursion is of the matrices, and these of the point."""
     factorize, _ = method.recursion
 
-    def pull(cotangent, K, at, state, weights, free, policy):
-        def gains(point, theta, prices):
-            C, F, C_final, G, _ = lagrangian.matrices(problem, theta, prices, point, state)
-            C, C_final = penalised(C, C_final, ActiveRows(G, state.active, weights))
-            return factorize(C, F, C_final, free).K
+    def gains(state, weights, free, point, theta, prices):
+        C, F, C_final, G, _ = lagrangian.matrices(problem, theta, prices, point, state)
+        C, C_final = penalised(C, C_final, ActiveRows(G, state.active, weights))
+        return factorize(C, F, C_final, free).K
 
-        _, vjp = jax.vjp(gains, *at)
+    def pull(cotangent, K, at, state, weights, free, policy):
+        _, vjp = jax.vjp(functools.partial(gains, state, weights, free), *at)
         return vjp(policy(cotangent)), None, None, None, None
 
-    return tied(pull, moves=False)(K, at, state, weights, free, policy)
+    def push(tangents, K, at, state, weights, free, policy):
+        return policy.along(along(functools.partial(gains, state, weights, free), at, tangents[0]))
+
+    tie = tied(pull, push, rule=rule, moves=False)
+    return tie(K, at, state, weights, free, policy)
 
 
 @jax.custom_jvp

@@ -9,7 +9,8 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 from jaxmpc.batch import lanes
-from jaxmpc.derivative.tied import tied
+from jaxmpc.derivative.tied import materialized, tied
+from jaxmpc.types import DerivativeRule
 
 
 class Policy(NamedTuple):
@@ -22,14 +23,26 @@ class Policy(NamedTuple):
         """The cotangents that the problem has by the policy."""
         return jax.tree.map(lambda a: jnp.where(self.used, a, self.blank), cotangent)
 
+    def along(self, tangent):
+        """The tangents, likewise; linear in what they are, to be transposed."""
 
-def by_policy(tree, policy: Policy):
+        def one(a):
+            blank = jnp.where(jnp.isnan(self.blank), self.blank * a, 0)
+            return jnp.where(self.used, a, blank)
+
+        return jax.tree.map(one, tangent)
+
+
+def by_policy(tree, policy: Policy, rule: DerivativeRule):
     """``tree``, with the derivative that the policy says."""
 
     def pull(cotangent, value, tree, policy):
         return policy(cotangent), None
 
-    return tied(pull, moves=False)(tree, tree, policy)
+    def push(tangents, value, tree, policy):
+        return policy.along(materialized(tangents[0]))
+
+    return tied(pull, push, rule=rule, moves=False)(tree, tree, policy)
 
 
 def zeros_unless(used: Array, tree):

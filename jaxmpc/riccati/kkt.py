@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
 from jaxmpc.riccati import constrained, parallel, sequential
-from jaxmpc.riccati.constrained import ActiveRows, System
+from jaxmpc.riccati.constrained import ActiveRows, System, residual
 from jaxmpc.riccati.point import Point, Rhs, Rows, z_of
 from jaxmpc.riccati.sequential import Factors
 
@@ -117,6 +119,38 @@ def solve_cotangents(
 
 
 kkt_solve.defvjp(_kkt_solve_fwd, solve_cotangents)
+
+
+def linear_kkt_solve(method: Method, system: System, rhs: Rhs) -> Point:
+    """``kkt_solve`` as a linear function of ``rhs`` that is differentiable in both modes.
+
+    In y, with pinned controls and the multipliers of inactive rows held at 0, M is symmetric.
+    """
+    nothing = jax.tree.map(jnp.zeros_like, rhs)
+    # One vector: JAX transposes a solve only where all of its right-hand side is perturbed.
+    right, point_of = ravel_pytree(jax.tree.map(jnp.negative, adjoint_point(rhs)))
+
+    def held(point: Point, elsewhere: Point) -> Point:
+        u, (multiplier, other) = elsewhere.u, (point.multiplier, elsewhere.multiplier)
+        multiplier = jax.tree.map(jnp.where, system.rows.active, multiplier, other)
+        return point._replace(u=jnp.where(system.free, point.u, u), multiplier=multiplier)
+
+    def product(y: Array) -> Array:
+        point = point_of(y)
+        unheld = held(point, jax.tree.map(jnp.zeros_like, point))
+        return ravel_pytree(held(adjoint_point(residual(system, unheld, nothing)), point))[0]
+
+    def solve(_, right: Array) -> Array:
+        return ravel_pytree(kkt_solve(method, system, adjoint_rhs(point_of(-right))))[0]
+
+    return point_of(lax.custom_linear_solve(product, right, solve, symmetric=True))
+
+
+def adjoint_point(rhs: Rhs) -> Point:
+    """The point that ``adjoint_rhs`` makes this right-hand side of."""
+    n = rhs.x_init.shape[0]
+    x = jnp.concatenate([rhs.c[:, :n], rhs.c_final[None]])
+    return Point(x, rhs.c[:, n:], jnp.concatenate([rhs.x_init[None], rhs.f]), rhs.g)
 
 
 def adjoint_rhs(cotangent: Point) -> Rhs:

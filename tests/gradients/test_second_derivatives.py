@@ -1,4 +1,5 @@
-"""Second derivatives: reverse over reverse is right, forward over reverse is refused."""
+"""Second derivatives: reverse over reverse is right, forward over reverse is refused, unless asked
+for (``test_forward_mode``)."""
 
 import jax
 import jax.numpy as jnp
