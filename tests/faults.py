@@ -90,13 +90,13 @@ FAULTS = [
     Fault(
         "how the physics move the costates is left out",
         "derivative/lagrangian.py",
-        "return problem.cost(x, u, t, theta) + costate @ x_next + paid, (x_next, g)",
+        "return problem.cost(x, u, t, theta) + lanes.vdot(costate, x_next) + paid, (x_next, g)",
         "return problem.cost(x, u, t, theta) + paid, (x_next, g)",
         GRADIENTS,
     ),
     Fault(
         "the objective forgets the initial state", "derivative/lagrangian.py",
-        "+ costate[0] @ (x_init - x[0])", "+ 0 * costate[0] @ (x_init - x[0])", GRADIENTS,
+        "+ lanes.vdot(costate[0], x_init - x[0])", "", GRADIENTS,
     ),
     Fault(
         "the gains do not know the rows' weights", "derivative/implicit.py",
@@ -104,7 +104,8 @@ FAULTS = [
     ),
     Fault(
         "to an outer differentiation the matrices stand still", "derivative/tied.py",
-        "value = value if moves else tie(value, *others)", "value = value", SECOND,
+        "value = value if moves else tie(value, *others)\n        return value, (value, others)",
+        "return value, (value, others)", SECOND,
     ),
     # Isolation.
     Fault(
