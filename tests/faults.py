@@ -311,8 +311,8 @@ FAULTS = [
     # The other calls.
     Fault(
         "the rate of a closed loop counts from the first control", "closed_loop.py",
-        "return (x_next.astype(dtype), plan, u, multipliers), (",
-        "return (x_next.astype(dtype), plan, previous, multipliers), (",
+        "return (x_next.astype(dtype), plan, guess, u, multipliers), (",
+        "return (x_next.astype(dtype), plan, guess, previous, multipliers), (",
         "tests/solutions/test_formulation.py tests/public/test_closed_loop.py",
     ),
     Fault(
