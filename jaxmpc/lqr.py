@@ -1,5 +1,6 @@
 """The linear-quadratic regulator with pinned controls, and its derivative (Module 1)."""
 
+import functools
 from typing import Any, get_args
 
 import jax
@@ -8,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch.unchecked import unchecked
 from jaxmpc.derivative.tied import along, tied
 from jaxmpc.riccati import kkt
 from jaxmpc.riccati.constrained import System, no_active_rows, residual
@@ -86,11 +88,17 @@ def lqr_solve(
     validation.check_choice("method", method, get_args(RiccatiMethod))
     validation.check_choice("derivative", derivative, get_args(DerivativeRule))
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
+    solution: LQRSolution = unchecked(functools.partial(_solve, kkt.METHODS[method], derivative))(args)
+    return solution
+
+
+def _solve(
+    how: kkt.Method, derivative: DerivativeRule, args: validation.LQRArguments
+) -> LQRSolution:
     C = (args.C + jnp.swapaxes(args.C, -1, -2)) * 0.5
     C_final = (args.C_final + args.C_final.T) * 0.5
     F, free = args.F, args.free
     rhs = Rhs(args.x_init, args.c, args.f, args.c_final, no_rows(len(F), F.dtype))
-    how = kkt.METHODS[method]
     factors, point, k = how.solve(*lax.stop_gradient((C, F, C_final, free, rhs)))
     system = System(factors, C, F, C_final, free, no_active_rows(F))
     found = point, (factors.K, k)
