@@ -1,6 +1,7 @@
 """How far to trust a plan and its gradient: numbers for each problem."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxmpc import validation
 from jaxmpc.batch import lanes
+from jaxmpc.batch.unchecked import unchecked
 from jaxmpc.problem.expansions import Expansion, constraint_values, expand, hessians
 from jaxmpc.problem.prices import Prices, RowState, add_curvature, margins, slopes
 from jaxmpc.problem.problem import Data, Problem
@@ -106,14 +109,24 @@ def certify(
     Source: the conditions of the implicit function theorem for a program with bounds: Fiacco 1976,
     Sensitivity analysis for nonlinear programming using penalty methods, Theorem 2.1.
     """
+    if not isinstance(solution, Solution):
+        raise TypeError(f"solution must be a jaxmpc.Solution, got {type(solution).__name__}")
+    if jnp.ndim(solution.u) > 2:
+        raise ValueError(
+            f"solution must be that of one problem, with u of shape [T, m], got "
+            f"{list(jnp.shape(solution.u))}; batch with jax.vmap"
+        )
+    validation.has_shape(
+        "x_init", validation.floating("x_init", x_init), solution.x.shape[1:], "[n], of solution.x,"
+    )
     if constraints is not None:
         constraints = dataclasses.replace(constraints, multipliers=solution.multipliers)
     problem, data, _ = trace(
         cost, dynamics, x_init, solution.u, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, constraints=constraints,
     )  # fmt: skip
-    run: Callable[[Problem, Data], Certificate] = jax.jit(_certify, static_argnums=0)
-    return run(problem, lax.stop_gradient(data))
+    run: Callable[[Data], Certificate] = unchecked(jax.jit(functools.partial(_certify, problem)))
+    return run(lax.stop_gradient(data))
 
 
 def _certify(problem: Problem, data: Data) -> Certificate:

@@ -9,6 +9,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch.unchecked import axes_of, manual_axes, vary
+from jaxmpc.derivative.refused import no_reverse, refused
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.constraints import FUNCTIONS, KINDS, named_multipliers
 from jaxmpc.problem.trace import precise, trace
@@ -130,7 +132,8 @@ def receding_horizon(
             options=options,
         )
         u = solution.u[0]
-        x_next = jnp.asarray(step_plant(x, u, k, params))
+        x_next = validation.call("plant", step_plant, x, u, k, params)
+        x_next = validation.one_array("plant", x_next)
         validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
         # The warm start carries no derivative: that of the solution in u_init is zero.
         plan = lax.stop_gradient(_shifted(solution.u))
@@ -161,8 +164,12 @@ def receding_horizon(
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
     guess = None if data.x_guess is None else data.x_guess[:, :n]
-    episode: Episode = run((data.x_init[:n], data.u_init, guess, previous, multipliers))
-    return episode
+    start = data.x_init[:n], data.u_init, guess, previous, multipliers
+    if manual_axes():  # The carry of the scan varies along what anything does.
+        moved = jax.eval_shape(lambda: plant(data.x_init[:n], previous, jnp.int32(0), params))
+        start = vary(start, axes_of((data, moved)))
+    episode: Episode = run(start)
+    return refused(no_reverse(problem))(episode) if problem.forward_only else episode
 
 
 def _at(

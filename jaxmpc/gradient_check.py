@@ -13,6 +13,7 @@ from jaxmpc import validation
 from jaxmpc.batch import lanes
 from jaxmpc.certificate import Certificate, certify
 from jaxmpc.mpc import mpc_solve
+from jaxmpc.problem.params import split
 from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, Status, TerminalCost
 
 _ROUNDINGS = 1e3  # of the loss, that a re-solved problem may be off by
@@ -134,7 +135,8 @@ def check_gradients(
       >>> [check.name for check in report.checks]
       ['params', 'u_lower', 'x_init']
     """
-    inputs: dict[str, Any] = dict(x_init=jnp.asarray(x_init), params=params)
+    numbers, whole = split(params)
+    inputs: dict[str, Any] = dict(x_init=jnp.asarray(x_init), params=numbers)
     x_checked, u_checked, lower, upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
     bounds = dict(u_lower=lower, u_upper=upper)
     given = dict(u_lower=u_lower, u_upper=u_upper)
@@ -155,8 +157,9 @@ def check_gradients(
 
     def solve(inputs: dict[str, Any], u_init: Array) -> Solution:
         return mpc_solve(
-            cost, dynamics, inputs["x_init"], u_init, inputs["params"], terminal_cost=terminal_cost,
-            u_lower=inputs.get("u_lower"), u_upper=inputs.get("u_upper"),
+            cost, dynamics, inputs["x_init"], u_init, whole(inputs["params"]),
+            terminal_cost=terminal_cost, u_lower=inputs.get("u_lower"),
+            u_upper=inputs.get("u_upper"),
             constraints=inputs.get("constraints"), options=options,
         )  # fmt: skip
 

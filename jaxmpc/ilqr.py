@@ -1,32 +1,18 @@
 """Control-limited differential dynamic programming: the forward solver alone (Algorithm 2)."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxmpc.batch.unchecked import unchecked
+from jaxmpc.derivative.refused import refused
 from jaxmpc.problem.constraints import for_user
-from jaxmpc.problem.problem import Data
+from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
 from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
-
-
-@jax.custom_vjp
-def _not_differentiable(solution: Solution, data: Data) -> Solution:
-    """``solution``, as a function of the data that it came from."""
-    return solution
-
-
-def _not_differentiable_bwd(_: None, cotangent: Solution) -> NoReturn:
-    raise TypeError(
-        "ilqr_box is the forward solver alone and not differentiable in reverse mode: use "
-        "jaxmpc.mpc_solve, which takes the same arguments, or jax.lax.stop_gradient its result"
-    )
-
-
-_not_differentiable.defvjp(lambda solution, data: (solution, None), _not_differentiable_bwd)
 
 
 def ilqr_box(
@@ -89,6 +75,17 @@ def ilqr_box(
         cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
+    return without_gradient(
+        problem, data, options,
+        "ilqr_box is the forward solver alone and not differentiable in reverse mode: use "
+        "jaxmpc.mpc_solve, which takes the same arguments, or jax.lax.stop_gradient its result",
+    )  # fmt: skip
+
+
+def without_gradient(problem: Problem, data: Data, options: Options, message: str) -> Solution:
+    """The solution, of which reverse mode is a TypeError with that message."""
     solve = solver(problem)
     run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)[0]))
-    return _not_differentiable(run(lax.stop_gradient(data), options), data)
+    solution: Solution = unchecked(run)(lax.stop_gradient(data), options)
+    refusing: Solution = refused(message)(solution, data)
+    return refusing

@@ -184,5 +184,6 @@ def _check_dt(dt: ArrayLike) -> None:
         raise TypeError(f"dt must be a real number, got {type(dt).__name__}")
     if np.ndim(dt) != 0:
         raise ValueError(f"dt must be a scalar, got shape {list(np.shape(dt))}")
-    if validation.is_concrete(dt) and not 0 < np.asarray(dt) < np.inf:
+    known = validation.known(dt)
+    if known is not None and not 0 < known < np.inf:
         raise ValueError(f"dt must be positive and finite, got {dt}")

@@ -5,7 +5,10 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
+from jaxmpc.batch.unchecked import unchecked
 from jaxmpc.derivative.implicit import differentiable, traced_once
+from jaxmpc.derivative.refused import no_reverse
+from jaxmpc.ilqr import without_gradient
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
 from jaxmpc.solver.loop import solver
@@ -41,9 +44,10 @@ def mpc_solve(
       x_init: [n].
       u_init: [T, m], where the search starts, clipped into the bounds; its length is the horizon.
         Of several local minima the search finds one nearby: warm-start, or try several starts.
-      params: any pytree of arrays and numbers, given to all functions: physical constants, a
-        network's weights, a reference trajectory that they index by t. The functions may close
-        over traced values too.
+      params: any pytree, given to all functions: physical constants, a network's weights, a
+        reference trajectory that they index by t. Leaves that are no arrays and no floats
+        (functions, as in modules of networks, strings, flags, counts) are static: the functions
+        see them as they are. The functions may close over traced values too.
       x_guess: [T+1, n], states to start from beside u_init, which the dynamics need not hold for:
         for horizons that are long, and plants so unstable that the rollout of u_init says nothing
         or overflows. Its first row is x_init whatever it says. None: that rollout.
@@ -68,7 +72,12 @@ def mpc_solve(
     converged, and mask those that are NONFINITE in the loss itself, whose values are NaN.
 
     The user's functions are differentiated twice and in forward mode: inside them,
-    ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``.
+    ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``. Those that have forward mode
+    alone (a ``lax.while_loop``, a simulator's contact solver) are solved for, at n + m forward
+    derivatives for each that reverse mode would have given; the gradient is then a TypeError.
+
+    Inside a ``jax.shard_map`` that checks what varies, as it does by default, there are plans and
+    gradients, but second derivatives need ``check_vma=False``.
 
     All floating arguments are promoted to one dtype together with what the functions return.
     Products have the digits of that dtype on every device, also in the functions: by default GPUs
@@ -79,7 +88,8 @@ def mpc_solve(
     Raises:
       TypeError: an argument or a returned value of the wrong kind (an integer x_init, say).
       ValueError: a shape that does not fit, concrete bounds with u_lower > u_upper, or an option
-        out of its range. Messages name the argument, what came and what was expected.
+        out of its range (inside of ``jit`` too, where the number itself is concrete). Messages
+        name the argument, what came and what was expected.
 
     Example:
       >>> import jax
@@ -116,7 +126,9 @@ def mpc_solve(
         cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
+    if problem.forward_only:
+        return without_gradient(problem, data, options, no_reverse(problem))
     solve = differentiable(problem, traced_once(solver(problem)))
     run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)))
-    solution: Solution = run(data, options)
+    solution: Solution = unchecked(run)(data, options)
     return solution

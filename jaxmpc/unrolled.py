@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.batch import lanes
+from jaxmpc.batch.unchecked import unchecked
+from jaxmpc.derivative.refused import no_reverse, refused
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.expansions import expand, first_order, hessians
 from jaxmpc.problem.problem import Data, Problem
@@ -82,14 +84,15 @@ def ilqr_unrolled(
         u_upper=u_upper, options=options,
     )  # fmt: skip
     unroll = jax.jit(lambda data, options: _unroll(problem, data, options, num_iterations))
-    return for_user(problem, data, unroll(data, options))
+    solution = for_user(problem, data, unchecked(unroll)(data, options))
+    return refused(no_reverse(problem))(solution) if problem.forward_only else solution
 
 
 @lanes.any_rank
 def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int) -> Solution:
     lower, upper = data.u_lower, data.u_upper
     dtype = data.x_init.dtype
-    decay = jnp.asarray(options.line_search_decay, dtype)
+    decay = lax.stop_gradient(jnp.asarray(options.line_search_decay, dtype))
     regularization = jnp.asarray(options.regularization, dtype)
     no, yes = jnp.array(False), jnp.array(True)
 

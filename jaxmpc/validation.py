@@ -2,10 +2,10 @@
 was expected. Values can only be checked where they are concrete; traced ones end in a status."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -37,6 +37,25 @@ def _as_array(name: str, value: Any) -> Array:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(value).__name__}: {error}") from error
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The numbers of ``value`` where they are there at trace time, else None.
+
+    To be asked of what the user passed: inside ``jit``, ``jnp.asarray`` makes a tracer of a number.
+    """
+    try:
+        numbers = np.asarray(value)
+    except (TypeError, RuntimeError):  # traced, or on the devices of another process
+        return None
+    return None if numbers.dtype == object else numbers
+
+
+def one_array(name: str, returned: Any) -> Array:
+    """What the function of that name returned."""
+    if not hasattr(returned, "shape") or not hasattr(returned, "dtype"):
+        raise TypeError(f"{name} must return one array, got {type(returned).__name__}")
+    return jnp.asarray(returned)
 
 
 def has_shape(name: str, array: Array, shape: tuple[int, ...], meaning: str) -> None:
@@ -75,15 +94,20 @@ def lqr_arguments(
     _has_rank("x_init", arrays["x_init"], 1, "[n]")
     _has_rank("c", arrays["c"], 2, "[T, n+m]")
     (n,) = arrays["x_init"].shape
-    T, nm = arrays["c"].shape
+    # What two of the three agree in: that names the one that does not fit.
+    T, nm = (
+        sorted(arrays[name].shape[i] if arrays[name].ndim else 0 for name in ("C", "c", "F"))[1]
+        for i in (0, -1)
+    )
     m = nm - n
     if m < 1:
         raise ValueError(
-            f"c must have shape [T, n+m] with m at least 1: x_init gives n = {n}, "
-            f"c has shape {[T, nm]}"
+            f"C, c and F must have shapes [T, n+m, n+m], [T, n+m] and [T, n, n+m] with m at least "
+            f"1: x_init gives n = {n}, they have {nm} columns"
         )
     dtype = jnp.result_type(*arrays.values())
     shapes = dict(
+        c=((T, nm), "[T, n+m]"),
         C=((T, nm, nm), "[T, n+m, n+m]"),
         F=((T, n, nm), "[T, n, n+m]"),
         f=((T, n), "[T, n]"),
@@ -113,10 +137,10 @@ def mpc_arguments(
     _has_rank("x_init", x_init, 1, "[n]")
     _has_rank("u_init", u_init, 2, "[T, m]")
     expected = u_init.shape, "[T, m]", u_init.dtype
-    u_lower = _bound("u_lower", -np.inf if u_lower is None else u_lower, *expected)
-    u_upper = _bound("u_upper", np.inf if u_upper is None else u_upper, *expected)
-    _not_crossed("u_lower", u_lower, "u_upper", u_upper)
-    return x_init, u_init, u_lower, u_upper
+    given = (-np.inf if u_lower is None else u_lower), (np.inf if u_upper is None else u_upper)
+    lower, upper = _bound("u_lower", given[0], *expected), _bound("u_upper", given[1], *expected)
+    _not_crossed(("u_lower", "u_upper"), given, (lower, upper))
+    return x_init, u_init, lower, upper
 
 
 def state_guess(x_guess: Any, T: int, n: int) -> Array:
@@ -130,60 +154,79 @@ def state_bounds(
     constraints: Constraints, shape: tuple[int, int], dtype: Any
 ) -> tuple[Array | None, Array | None]:
     """x_lower and x_upper of ``constraints``, broadcast to [T+1, n]; None where there are none."""
+    names = "constraints.x_lower", "constraints.x_upper"
+    given = constraints.x_lower, constraints.x_upper
     lower, upper = (
-        None
-        if value is None
-        else _bound(f"constraints.{name}", value, shape, "[T+1, n]", dtype).astype(dtype)
-        for name, value in (("x_lower", constraints.x_lower), ("x_upper", constraints.x_upper))
+        None if value is None else _bound(name, value, shape, "[T+1, n]", dtype).astype(dtype)
+        for name, value in zip(names, given, strict=True)
     )
     if lower is not None and upper is not None:
-        _not_crossed("constraints.x_lower", lower, "constraints.x_upper", upper, first=1)
+        _not_crossed(names, given, (lower, upper), first=1)
     return lower, upper
 
 
-def _not_crossed(below: str, lower: Array, above: str, upper: Array, first: int = 0) -> None:
-    """From stage ``first`` on, where both are known."""
-    if is_concrete(lower) and is_concrete(upper):
-        crossed = np.argwhere(~(np.asarray(lower) <= np.asarray(upper))[first:])
-        if crossed.size:
-            t, i = crossed[0] + [first, 0]
-            raise ValueError(
-                f"{below} must be at most {above}, got {below}[{t}, {i}] = {lower[t, i]} and "
-                f"{above}[{t}, {i}] = {upper[t, i]}"
-            )
+def _not_crossed(
+    names: tuple[str, str], given: tuple[Any, Any], arrays: tuple[Array, Array], first: int = 0
+) -> None:
+    """From stage ``first`` on, where both are known; ``arrays`` are what came of the ``given``."""
+    numbers = [known(value) for value in given]
+    if any(value is None for value in numbers):
+        return
+    lower, upper = (
+        np.broadcast_to(value.astype(array.dtype), array.shape)  # type: ignore[union-attr]
+        for value, array in zip(numbers, arrays, strict=True)
+    )
+    crossed = np.argwhere(~(lower <= upper)[first:])
+    if crossed.size:
+        t, i = crossed[0] + [first, 0]
+        raise ValueError(
+            f"{names[0]} must be at most {names[1]}, got {names[0]}[{t}, {i}] = {lower[t, i]} and "
+            f"{names[1]}[{t}, {i}] = {upper[t, i]}"
+        )
+
+
+def _real(name: str, value: Any) -> Array:
+    array = _as_array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
+    return array
+
+
+def _broadcast(name: str, array: Array, shape: tuple[int, ...], meaning: str) -> Array:
+    try:
+        return jnp.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to {meaning} = {list(shape)}, got {list(array.shape)}"
+        ) from None
 
 
 def _bound(name: str, value: Any, shape: tuple[int, int], meaning: str, dtype: Any) -> Array:
-    array = _as_array(name, value)
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
+    array = _real(name, value)
     if not hasattr(value, "dtype") or jnp.issubdtype(array.dtype, jnp.integer):
         array = array.astype(dtype)  # Python numbers promote nothing.
-    try:
-        return jnp.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(
-            f"{name} must broadcast to {meaning} = {list(shape)}, got {list(array.shape)}"
-        ) from None
+    return _broadcast(name, array, shape, meaning)
 
 
 def weight(
-    name: str, value: Any, shape: tuple[int, ...], meaning: str, *, finite: bool = False
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    meaning: str,
+    *,
+    finite: bool = False,
+    positive: bool = False,
 ) -> Array:
     """A non-negative number or array, broadcast to the shape."""
-    array = _as_array(name, value)
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be a real number or array, got dtype {array.dtype}")
-    if is_concrete(array) and not np.all(np.asarray(array) >= 0):
-        raise ValueError(f"{name} must be non-negative, got {np.min(array)}")
-    if finite and is_concrete(array) and not np.all(np.isfinite(array)):
-        raise ValueError(f"{name} must be non-negative and finite, got {np.max(array)}")
-    try:
-        return jnp.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(
-            f"{name} must broadcast to {meaning} = {list(shape)}, got {list(array.shape)}"
-        ) from None
+    array, numbers = _real(name, value), known(value)
+    if numbers is not None:
+        wanted = ("positive" if positive else "non-negative") + (" and finite" if finite else "")
+        holds = (numbers > 0) if positive else (numbers >= 0)
+        if finite:
+            holds &= np.isfinite(numbers)
+        if not np.all(holds):
+            raise ValueError(f"{name} must be {wanted}, got {numbers[~holds].flat[0]}")
+    return _broadcast(name, array, shape, meaning)
 
 
 def check_constraints(constraints: Any) -> None:
@@ -200,19 +243,27 @@ def check_constraints(constraints: Any) -> None:
             )
 
 
-def check_params(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"params must be a pytree of arrays and numbers, got {type(leaf).__name__} at "
-                f"params{where}; close over it instead"
-            )
-
-
 def check_callable(name: str, fn: Any) -> None:
     if not callable(fn):
         raise TypeError(f"{name} must be a callable, got {type(fn).__name__}")
+
+
+def call(name: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)``, with an error that names ``fn`` where it takes another number of arguments."""
+    try:
+        return fn(*args)
+    except TypeError as error:
+        try:
+            signature = inspect.signature(fn)
+            signature.bind(*args)
+        except ValueError:  # it has no signature
+            raise error from None
+        except TypeError:
+            wanted = "(x, u, t, params)" if len(args) == 4 else "(x, params)"
+            raise TypeError(
+                f"{name} must take the arguments {wanted}, got a function of {signature}"
+            ) from error
+        raise
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -220,10 +271,6 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be a Python int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def is_concrete(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)
 
 
 _CHOICES = dict(
@@ -259,7 +306,8 @@ def check_options(options: Any) -> None:
             raise TypeError(f"options.{name} must be a number, got {type(value).__name__}")
         if np.ndim(value) != 0:
             raise ValueError(f"options.{name} must be a scalar, got shape {list(np.shape(value))}")
-        if is_concrete(value) and not holds(value):
+        number = known(value)
+        if number is not None and not holds(number):
             raise ValueError(f"options.{name} must be {expected}, got {value}")
 
 
@@ -268,7 +316,5 @@ def with_trust_region(options: Options, u_init: Array) -> Options:
     if options.trust_region is None:
         return options
     m = u_init.shape[1:]
-    array = weight("options.trust_region", options.trust_region, m, "[m]")
-    if is_concrete(array) and not np.all(np.asarray(array) > 0):
-        raise ValueError(f"options.trust_region must be positive, got {np.min(array)}")
-    return dataclasses.replace(options, trust_region=array.astype(u_init.dtype))
+    reach = weight("options.trust_region", options.trust_region, m, "[m]", positive=True)
+    return dataclasses.replace(options, trust_region=reach.astype(u_init.dtype))

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxmpc import validation
+from jaxmpc.batch.unchecked import unchecked
 from jaxmpc.problem.expansions import constraint_values
 from jaxmpc.problem.prices import Prices, present
 from jaxmpc.problem.problem import Data, Problem
@@ -265,7 +266,8 @@ def _without_unmoved(problem: Problem, data: Data) -> tuple[Prices, Array]:
 
     prices = data.prices
     now = data.theta, data.x_init, data.u_init[0], data.u_lower[0], data.u_upper[0]
-    unmoved = ~jax.jit(moved)(*lax.stop_gradient(now)) & (prices.linear.stage[0] == jnp.inf)
+    moves = unchecked(jax.jit(moved))(*lax.stop_gradient(now))
+    unmoved = ~moves & (prices.linear.stage[0] == jnp.inf)
 
     def left_out(rows: Rows) -> Rows:
         first = jnp.where(unmoved, 0, rows.stage[0])

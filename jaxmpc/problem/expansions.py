@@ -87,7 +87,7 @@ def expand(problem: Problem, theta: Theta, x: Array, u: Array) -> Expansion:
         c, C = matrices.expand_quadratic(theta, "cost", z)
     else:
         cost = _of_z(problem.cost, n)
-        c, C = along(jax.grad(cost), theta, z), along(jax.hessian(cost), theta, z)
+        c, C = along(problem.gradient(cost), theta, z), along(problem.hessian(cost), theta, z)
     if "dynamics" in problem.given:
         F = matrices.jacobians(theta, "dynamics", len(u))
     else:
@@ -95,8 +95,8 @@ def expand(problem: Problem, theta: Theta, x: Array, u: Array) -> Expansion:
     if "terminal_cost" in problem.given:
         c_final, C_final = (a[0] for a in matrices.expand_quadratic(theta, "terminal_cost", x[-1:]))
     else:
-        c_final = at_end(jax.grad(problem.terminal_cost), theta, x[-1])
-        C_final = at_end(jax.hessian(problem.terminal_cost), theta, x[-1])
+        c_final = at_end(problem.gradient(problem.terminal_cost), theta, x[-1])
+        C_final = at_end(problem.hessian(problem.terminal_cost), theta, x[-1])
     # Without rows, G has the shapes of C with no rows.
     G = Rows(C[:, :0], C_final[:0])
     if problem.constrained:
@@ -151,12 +151,12 @@ def hessians(
             pairs = zip(functions, weights, strict=True)
             return sum(lanes.vdot(w, fn(z, t, theta)) for fn, w in pairs)
 
-        H = H + along(jax.hessian(bending), theta, z_of(x, u), *weights)
+        H = H + along(problem.hessian(bending), theta, z_of(x, u), *weights)
     if multipliers.final.shape[0]:
 
         def bending_at_end(x, nu, theta):
             return lanes.vdot(nu, problem.final_constraint(x, theta))
 
-        bend = jax.hessian(bending_at_end)
+        bend = problem.hessian(bending_at_end)
         H_final = H_final + at_end(bend, theta, x[-1], multipliers.final)
     return H, H_final

@@ -33,7 +33,20 @@ class Problem(NamedTuple):
     final_constraint: Callable[[Array, Theta], Array]  # those of the end, [q]
     given: tuple[str, ...]  # which of cost, dynamics and terminal_cost are given by matrices
     num_states: int  # of the user; behind them stands the control before, if it counts
+    forward_only: tuple[str, ...] = ()  # the functions that have no reverse mode
     counts: tuple[int, ...] = ()  # how many rows each of ``constraints.KINDS`` has
+
+    @property
+    def gradient(self) -> Callable:
+        """``jax.grad``, in the mode that there is."""
+        return jax.jacfwd if self.forward_only else jax.grad
+
+    @property
+    def hessian(self) -> Callable:
+        """``jax.hessian``, likewise."""
+        if not self.forward_only:
+            return jax.hessian
+        return lambda fn: jax.jacfwd(jax.jacfwd(fn))
 
     @property
     def constrained(self) -> bool:

@@ -16,8 +16,11 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
+from jaxmpc.batch.unchecked import jaxpr_of
 from jaxmpc.problem.constraints import constraint_functions, with_constraints
 from jaxmpc.problem.matrices import Affine, Quadratic, checked
+from jaxmpc.problem.modes import Hoisted, has_reverse
+from jaxmpc.problem.params import split
 from jaxmpc.problem.prices import Prices
 from jaxmpc.problem.problem import Data, Problem, Theta
 from jaxmpc.riccati.point import no_rows
@@ -43,7 +46,7 @@ def trace(
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
     if x_guess is not None:
         x_guess = validation.state_guess(x_guess, len(u_init), len(x_init))
-    validation.check_params(params)
+    params, whole = split(params)
     named: dict[str, Callable] = dict(cost=cost, dynamics=dynamics)
     if terminal_cost is not None:
         named["terminal_cost"] = terminal_cost
@@ -63,27 +66,24 @@ def trace(
     dtype = jnp.result_type(*floats)
     while True:
         x, u = _abstract(x_init, dtype), _abstract(u_init[0], dtype)
-        traced = {
-            name: _hoist(fn, (x, params) if "terminal" in name else (x, u, _STAGE, params))
-            for name, fn in named.items()
-        }
-        wider = _check_outputs({name: out for name, (_, _, out) in traced.items()}, x, dtype)
+        points = {name: (x,) if "terminal" in name else (x, u, _STAGE) for name in named}
+        traced = {name: _hoist(name, fn, whole, points[name], params) for name, fn in named.items()}
+        wider = _check_outputs({name: function.out for name, function in traced.items()}, x, dtype)
         if wider == dtype:
             break
         # A constant or a parameter of a wider dtype: promoted together, as NumPy would.
         dtype = wider
 
     def pure(name):
-        fn, _, _ = traced[name]
+        function = traced[name]
 
         def call(*args):
             *point, theta = args
-            out = fn(theta.constants[name], *point, theta.params)
-            return out.astype(dtype)
+            return jnp.asarray(function.call(theta.constants[name], *point, theta.params), dtype)
 
         return call
 
-    constants = {name: constants for name, (_, constants, _) in traced.items()}
+    constants = {name: function.constants for name, function in traced.items()}
     constants |= {name: jax.tree.map(lambda a: a.astype(dtype), named[name]) for name in given}
     functions = {name: pure(name) for name in traced}
     none = no_rows(T, dtype)
@@ -95,6 +95,11 @@ def trace(
         final_constraint=lambda *args: none.final,
         given=tuple(given),
         num_states=n,
+        forward_only=tuple(
+            name
+            for name, function in traced.items()
+            if not has_reverse(name, function, params, points[name])
+        ),
     )
     x_init, u_init, u_lower, u_upper = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
     theta, prices = Theta(params, constants), Prices(none, none, none)
@@ -103,7 +108,7 @@ def trace(
         x_guess = jnp.concatenate([x_init[None], x_guess[1:].astype(dtype)])
         x_guess = lax.stop_gradient(x_guess)
     data = Data(theta, x_init, u_init, u_lower, u_upper, prices, none, unmoved, x_guess)
-    sizes = {name: traced[name][2].shape[0] for name in functions}
+    sizes = {name: traced[name].out.shape[0] for name in functions}
     problem, data = with_constraints(problem, data, functions, sizes, constraints)
     return problem, data, validation.with_trust_region(options, data.u_init)
 
@@ -115,21 +120,22 @@ def _abstract(a: Array, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, dtype)
 
 
-def _hoist(fn, args):
-    """``fn`` as a function of (constants, *args), its constants, and its output's shape."""
+def _hoist(name, fn, whole, point, params) -> Hoisted:
     if isinstance(fn, Affine | Quadratic):
-        return lambda given, *args: given(*args), fn, jax.eval_shape(fn, *args)
-    # Without the mesh of devices that is in use: the solver deals the batch out itself.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        with jax.default_matmul_precision(_precision()):
-            closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+        out = jax.eval_shape(fn, *point, params)
+        return Hoisted(lambda given, *args: given(*args), fn, out, None)
+    with jax.default_matmul_precision(_precision()):
+        closed, out = jaxpr_of(
+            lambda *args: validation.call(name, fn, *args[:-1], whole(args[-1])), *point, params
+        )
 
     @precise  # The derivative rules inside are traced here.
-    def hoisted(constants, *args):
+    def call(constants, *args):
         flat = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
         return flat[0]
 
-    return hoisted, closed.consts, out
+    out = closed.out_avals[0] if isinstance(out, jax.ShapeDtypeStruct) else out
+    return Hoisted(call, closed.consts, out, closed.jaxpr)
 
 
 def precise(fn: Callable) -> Callable:
@@ -151,8 +157,9 @@ def _precision() -> Any:
 
 def _check_outputs(outputs: dict[str, Any], x: jax.ShapeDtypeStruct, dtype):
     """The outputs' shapes; returns the dtype that states, costs and controls have in common."""
+    dtypes = [dtype]
     for name, out in outputs.items():
-        if not isinstance(out, jax.ShapeDtypeStruct):
+        if not hasattr(out, "dtype"):
             raise TypeError(f"{name} must return one array, got {type(out).__name__}")
         shape = x.shape if name == "dynamics" else ()
         if name.startswith("constraints."):
@@ -164,6 +171,9 @@ def _check_outputs(outputs: dict[str, Any], x: jax.ShapeDtypeStruct, dtype):
         elif out.shape != shape:
             meaning = f"a state of shape [n] = {list(shape)}" if shape else "a scalar, of shape []"
             raise ValueError(f"{name} must return {meaning}, got shape {list(out.shape)}")
+        if out.weak_type and not jnp.issubdtype(out.dtype, jnp.complexfloating):
+            continue  # a Python number, which promotes nothing
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise TypeError(f"{name} must return floating-point values, got dtype {out.dtype}")
-    return jnp.result_type(dtype, *(out.dtype for out in outputs.values()))
+        dtypes.append(out.dtype)
+    return jnp.result_type(*dtypes)

@@ -1,5 +1,6 @@
 """Wrong constraints are refused where they are given, by name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,6 +124,8 @@ ERRORS = {
 def test_refuses(parts, error, message):
     with pytest.raises(error, match=message):
         refused(Constraints(**parts))
+    with pytest.raises(error, match=message):  # What is concrete is checked inside of jit, too.
+        jax.eval_shape(lambda: refused(Constraints(**parts)).u)
 
 
 def refused(constraints):

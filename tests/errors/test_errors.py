@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmpc import Options, ilqr_box, lqr_solve, mpc_solve
+from jaxmpc import (
+    Constraints,
+    Options,
+    certify,
+    ilqr_box,
+    lqr_solve,
+    mpc_solve,
+    receding_horizon,
+)
 
 N, M, T = 2, 1, 3
 
@@ -37,17 +45,27 @@ LQR_ERRORS = {
     "x_init empty": (
         dict(x_init=np.zeros(0)),
         ValueError,
-        r"x_init must have shape \[n\] with every size at least 1, got \[0\]$",
+        r"x_init must have shape \[n\] with every size at least 1, got \[0\](?m:$)",
     ),
     "c of rank 1": (
         dict(c=np.zeros(N + M)),
         ValueError,
-        r"c must have shape \[T, n\+m\] with every size at least 1, got \[3\]$",
+        r"c must have shape \[T, n\+m\] with every size at least 1, got \[3\](?m:$)",
     ),
-    "no controls": (
+    "c without controls": (
         dict(c=np.zeros((T, N))),
         ValueError,
-        r"c must have shape \[T, n\+m\] with m at least 1: x_init gives n = 2, c has .* \[3, 2\]",
+        r"c must have shape \[T, n\+m\] = \[3, 3\], got \[3, 2\]",
+    ),
+    "c of another length than C and F": (
+        dict(c=np.zeros((T - 1, N + M))),
+        ValueError,
+        r"c must have shape \[T, n\+m\] = \[3, 3\], got \[2, 3\]",
+    ),
+    "no controls": (
+        dict(x_init=np.zeros(N + M)),
+        ValueError,
+        r"with m at least 1: x_init gives n = 3, they have 3 columns",
     ),
     "C": (
         dict(C=np.eye(N + M)),
@@ -87,10 +105,17 @@ LQR_ERRORS = {
 }
 
 
+# What is concrete is checked alike inside of jit.
+everywhere = pytest.mark.parametrize(
+    "where", [lambda call: call(), jax.eval_shape], ids=["outside", "inside"]
+)
+
+
+@everywhere
 @pytest.mark.parametrize("changes, error, message", LQR_ERRORS.values(), ids=LQR_ERRORS)
-def test_lqr_solve_refuses(changes, error, message):
+def test_lqr_solve_refuses(changes, error, message, where):
     with pytest.raises(error, match=message):
-        lqr_solve(**(LQR | changes))
+        where(lambda: lqr_solve(**(LQR | changes)))
 
 
 def cost(x, u, t, params):
@@ -103,6 +128,14 @@ def dynamics(x, u, t, params):
 
 def terminal_cost(x, params):
     return x @ x
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return jnp.sin(x)
+
+
+reverse_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
 
 
 MPC = dict(cost=cost, dynamics=dynamics, x_init=np.zeros(N), u_init=np.zeros((T, M)))
@@ -131,12 +164,12 @@ MPC_ERRORS = {
     "u_init of rank 1": (
         dict(u_init=np.zeros(T)),
         ValueError,
-        r"u_init must have shape \[T, m\] with every size at least 1, got \[3\]$",
+        r"u_init must have shape \[T, m\] with every size at least 1, got \[3\](?m:$)",
     ),
     "no stages": (
         dict(u_init=np.zeros((0, M))),
         ValueError,
-        r"u_init must have shape \[T, m\] with every size at least 1, got \[0, 1\]$",
+        r"u_init must have shape \[T, m\] with every size at least 1, got \[0, 1\](?m:$)",
     ),
     "x_guess of another shape": (
         dict(x_guess=np.zeros((T, N))),
@@ -174,10 +207,45 @@ MPC_ERRORS = {
         ValueError,
         r"u_lower must be at most u_upper, got .* u_upper\[0, 0\] = nan",
     ),
-    "params no arrays": (
-        dict(params={"gains": [1.0, "high"]}),
+    "bounds in lists": (
+        dict(u_lower=[3.0], u_upper=[2]),
+        ValueError,
+        r"u_lower must be at most u_upper, got u_lower\[0, 0\] = 3.0 and u_upper\[0, 0\] = 2.0",
+    ),
+    "params of objects": (
+        dict(params={"gains": np.array([1.0, None])}),
         TypeError,
-        r"params must be a pytree of arrays and numbers, got str at params\['gains'\]\[1\]",
+        r"params must hold arrays of numbers, got an array of dtype object at params\['gains'\]",
+    ),
+    "a cost of three arguments": (
+        dict(cost=lambda x, u, t: x @ x),
+        TypeError,
+        r"cost must take the arguments \(x, u, t, params\), got a function of \(x, u, t\)",
+    ),
+    "a dynamics of five arguments": (
+        dict(dynamics=lambda x, u, t, params, dt: x),
+        TypeError,
+        r"dynamics must take the arguments \(x, u, t, params\), got .* \(x, u, t, params, dt\)",
+    ),
+    "a terminal cost of one argument": (
+        dict(terminal_cost=lambda x: x @ x),
+        TypeError,
+        r"terminal_cost must take the arguments \(x, params\), got a function of \(x\)",
+    ),
+    "a constraint of two arguments": (
+        dict(constraints=Constraints(inequality=lambda x, u: x)),
+        TypeError,
+        r"constraints.inequality must take the arguments \(x, u, t, params\), got .* \(x, u\)",
+    ),
+    "a dynamics with reverse mode only": (
+        dict(dynamics=lambda x, u, t, params: reverse_only(x + jnp.sum(u))),
+        TypeError,
+        r"dynamics must have derivatives in forward mode.* lax.custom_root or jax.custom_jvp",
+    ),
+    "a cost without derivatives": (
+        dict(cost=lambda x, u, t, params: jax.pure_callback(lambda x: x, x[0], x[0])),
+        TypeError,
+        r"cost must have derivatives in forward mode, twice \(Pure callbacks do not support JVP",
     ),
     "cost no callable": (dict(cost=1.0), TypeError, "cost must be a callable, got float"),
     "dynamics no callable": (dict(dynamics=None), TypeError, "dynamics must be .*, got NoneType"),
@@ -289,6 +357,16 @@ OPTION_ERRORS = {
         ValueError,
         "options.line_search_decay must be between 0 and 1, both excluded, got 1.0",
     ),
+    "trust_region zero": (
+        dict(trust_region=0.0),
+        ValueError,
+        "options.trust_region must be positive, got 0.0",
+    ),
+    "trust_region of another shape": (
+        dict(trust_region=[0.1, 0.2]),
+        ValueError,
+        r"options.trust_region must broadcast to \[m\] = \[1\], got \[2\]",
+    ),
     "hessian": (
         dict(hessian="gauss-newton"),
         ValueError,
@@ -307,18 +385,68 @@ OPTION_ERRORS = {
 }
 
 
+@everywhere
 @pytest.mark.parametrize("solve", [ilqr_box, mpc_solve])
 @pytest.mark.parametrize("changes, error, message", MPC_ERRORS.values(), ids=MPC_ERRORS)
-def test_the_solvers_refuse(solve, changes, error, message):
+def test_the_solvers_refuse(solve, changes, error, message, where):
     with pytest.raises(error, match=message):
-        solve(**(MPC | changes))
+        where(lambda: solve(**(MPC | changes)).u)
 
 
+@everywhere
 @pytest.mark.parametrize("solve", [ilqr_box, mpc_solve])
 @pytest.mark.parametrize("changes, error, message", OPTION_ERRORS.values(), ids=OPTION_ERRORS)
-def test_the_solvers_refuse_options(solve, changes, error, message):
+def test_the_solvers_refuse_options(solve, changes, error, message, where):
     with pytest.raises(error, match=message):
-        solve(**MPC, options=Options(**changes))
+        where(lambda: solve(**MPC, options=Options(**changes)).u)
+
+
+def test_an_error_of_the_function_itself_stays_what_it_is():
+    def wrong(x, u, t, params):
+        return x + cost(x)
+
+    with pytest.raises(TypeError, match=r"cost\(\) missing 3 required positional arguments"):
+        mpc_solve(**(MPC | dict(dynamics=wrong)))
+
+
+PLANTS = {
+    "nothing": (
+        lambda x, u, t, params: None,
+        TypeError,
+        "plant must return one array, got NoneType",
+    ),
+    "a tuple": (
+        lambda x, u, t, params: (x, u),
+        TypeError,
+        "plant must return one array, got tuple",
+    ),
+    "another shape": (lambda x, u, t, params: u, ValueError, r"plant returns .* \[2\], got \[1\]"),
+    "of two arguments": (
+        lambda x, u: x,
+        TypeError,
+        r"plant must take the arguments \(x, u, t, params\), got a function of \(x, u\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("plant, error, message", PLANTS.values(), ids=PLANTS)
+def test_receding_horizon_refuses_plants(plant, error, message):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: receding_horizon(**MPC, num_steps=2, plant=plant).u)
+
+
+def test_certify_names_what_does_not_belong_together():
+    solution = jax.eval_shape(lambda: mpc_solve(**MPC))
+    solution = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), solution)
+    with pytest.raises(
+        ValueError, match=r"x_init must have shape \[n\], of .*, = \[2\], got \[3\]"
+    ):
+        certify(cost, dynamics, np.zeros(N + 1), solution)
+    batch = jax.tree.map(lambda a: a[None], solution)
+    with pytest.raises(ValueError, match=r"solution must be that of one problem.*jax.vmap"):
+        certify(cost, dynamics, np.zeros(N), batch)
+    with pytest.raises(TypeError, match=r"solution must be a jaxmpc.Solution, got"):
+        certify(cost, dynamics, np.zeros(N), solution.u)
 
 
 def test_options_may_hold_tracers_and_are_checked_where_they_are_concrete():
