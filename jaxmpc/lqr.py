@@ -88,7 +88,8 @@ def lqr_solve(
     validation.check_choice("method", method, get_args(RiccatiMethod))
     validation.check_choice("derivative", derivative, get_args(DerivativeRule))
     args = validation.lqr_arguments(x_init, C, c, F, f, C_final, c_final, free)
-    solution: LQRSolution = unchecked(functools.partial(_solve, kkt.METHODS[method], derivative))(args)
+    solve = unchecked(functools.partial(_solve, kkt.METHODS[method], derivative))
+    solution: LQRSolution = solve(args)
     return solution
 
 

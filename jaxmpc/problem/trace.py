@@ -6,6 +6,7 @@ jaxpr and hoisting all of its constants gives functions of (x, u, t, theta) alon
 an explicit input, to ``lax.while_loop``, to ``vmap`` and to differentiation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,7 @@ def precise(fn: Callable) -> Callable:
     unless a ``jax.default_matmul_precision`` around this says otherwise (see ``lanes``)."""
     precision = _precision()
 
+    @functools.wraps(fn)
     def call(*args):
         with jax.default_matmul_precision(precision):
             return fn(*args)
