@@ -22,8 +22,10 @@ from jaxmpc.solver.interior.state import (
     PROBE,
     RESTORE,
     Search,
+    Trajectory,
     tiny_of,
 )
+from jaxmpc.solver.rounding import hidden
 
 FIRST = 0.1  # τ at first, relative to what is to be gained a stage
 # What going away by as much as the states and controls are large costs a restoration.
@@ -60,8 +62,9 @@ class Local(NamedTuple):
     near: tuple[Array, Array]  # [n+m] and [n], the curvature that keeps it near
     gradient: Array  # [T, m], ∇_u of the Lagrangian
     clamped: Array  # [T, m]
-    # On an active set, over what cancels and over the sizes of the rows.
-    error: Array
+    residual: Array  # [m], the largest of ∇_u along the horizon, but of clamped controls
+    terms: Array  # [m], those that cancel in it
+    off: Array  # how far rows are from an active set, over their sizes
     dual: Array  # ∇ of the barrier's Lagrangian, in units of the objective
     rounding: Array  # in the gradient, in units of the objective
     finite: Array
@@ -148,9 +151,9 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     size_costate = jnp.concatenate([size_costate[1:], size_final[None]])
     terms = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
     floor = jnp.where(probing, 0, 1e-3 * measures.scale / jnp.maximum(size_u, tiny))
-    stationary = jnp.max(residual / jnp.maximum(jnp.maximum(terms, floor), tiny), axis=0)
-    off = active_set.gaps(plain, g, state) / sizes.some
-    error = jnp.maximum(stationary, jnp.max(off, axis=0))
+    relative_to = jnp.maximum(jnp.maximum(terms, floor), tiny)
+    off = jnp.max(active_set.gaps(plain, g, state) / sizes.some, axis=0)
+    error = jnp.maximum(jnp.max(residual / relative_to, axis=0), off)
     finite = all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim)
 
     # ∇ of the Lagrangian with the barrier's own costates and multipliers.
@@ -179,8 +182,20 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         near=(near, near_x),
         gradient=gradient,
         clamped=held,
-        error=error,
+        residual=residual,
+        terms=relative_to,
+        off=off,
         dual=dual,
         rounding=lanes.eps(x) * jnp.max(terms * size_u, axis=0),
         finite=finite,
     )
+
+
+def rounding_in(at: Trajectory, here: Local, tolerance: Array) -> Array:
+    """[m], the size of rounding in the residual; 0 where that leaves fewer than half of the digits
+    of the tolerance."""
+    noise, _ = hidden(
+        at.x, at.u, here.first.costate, here.gradient, here.H, here.expanded.F, here.H_final
+    )
+    noise = jnp.max(jnp.where(here.clamped, 0, noise), axis=0)
+    return jnp.where(noise <= tolerance**0.5 * here.terms, noise, 0)

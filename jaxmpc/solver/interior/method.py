@@ -17,7 +17,7 @@ from jaxmpc.solver.assessment import all_finite, tolerances
 from jaxmpc.solver.interior import active_set, barrier, filter
 from jaxmpc.solver.interior.barrier import Layout, Pairs
 from jaxmpc.solver.interior.filter import Candidate, Filter
-from jaxmpc.solver.interior.local import FIRST, Local, evaluated
+from jaxmpc.solver.interior.local import FIRST, Local, evaluated, rounding_in
 from jaxmpc.solver.interior.state import (
     FINISH,
     INTERIOR,
@@ -46,6 +46,7 @@ _LEAST = 1e-3  # τ in the end, relative to the tolerance
 _SMALL = 2e-3  # relative to the first, from where on a finish is tried
 _SHORT = 0.1  # a step so short was not one of a good Hessian
 _MAX_TRIES = 14  # lengths of a step
+_NOISES = 4.0  # a residual of so many samples of rounding may be rounding
 _EXACT = 1e-3  # a finish ends at this share of the tolerance, if it can
 _HALVES = 0.5  # a finish has to halve its error,
 _MISSES = 2  # but for so many times in a row
@@ -132,13 +133,14 @@ def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> Carry:
     s: Search = carry.search.unpack()
     layout, running = layout_of(s.at.values.g, s.at.u), carry.status == RUNNING
     here = evaluated(problem, data, s, layout)
-    judged = judge(data, options, s, here)
+    noise = _noise(s, here, options, running)
+    judged = judge(data, options, s, here, noise)
     step = propose(
         data, options, s, here, layout, judged.tau, judged.measures, ~running | judged.ends
     )
     found = search(problem, data, options, s, here, layout, judged, step, running)
     after, status = record(data, s, here, layout, judged, step, found, options)
-    evaluation = _evaluation(data, s, here, step, layout, options)
+    evaluation = _evaluation(data, s, here, noise, step, layout, options)
     new = Carry(status, pack(after, running.ndim), evaluation)
     # The others wait for the last problem of the batch, at a point that stays: their evaluation
     # comes out the same again, and the largest arrays need no selection.
@@ -166,7 +168,20 @@ class Judgement(NamedTuple):
     out_of_time: Array
 
 
-def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
+def _noise(s: Search, here: Local, options: Options, running: Array) -> Array:
+    """[m], the size of rounding in the residual of a finish, where that may be what is left."""
+    tolerance, goal = tolerances(options, s.tau.dtype)
+    error = jnp.max(here.residual / here.terms, axis=0)
+    doubtful = (s.mode == FINISH) & ~s.fresh & here.finite & running
+    doubtful &= (error > jnp.minimum(goal, _EXACT * tolerance)) & (error < tolerance**0.5)
+    return lax.cond(
+        jnp.any(doubtful),
+        lambda: jnp.where(doubtful, rounding_in(s.at, here, tolerance), 0),
+        lambda: jnp.zeros_like(here.residual),
+    )
+
+
+def judge(data: Data, options: Options, s: Search, here: Local, noise: Array) -> Judgement:
     values, pairs = s.at.values, s.at.pairs
     dtype, T = values.costs.dtype, values.costs.shape[0] - 1
     eps, (tolerance, goal) = lanes.eps(dtype), tolerances(options, dtype)
@@ -175,7 +190,10 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
     probing, finishing, restoring = s.mode == PROBE, s.mode == FINISH, s.mode == RESTORE
     inside = (s.mode == INTERIOR) | restoring
 
-    error = jnp.where(here.finite & finishing & ~s.fresh, here.error, jnp.inf)
+    # A residual of a few roundings may be rounding.
+    terms = jnp.maximum(here.terms, _NOISES / tolerance * noise)
+    error = jnp.maximum(jnp.max(here.residual / terms, axis=0), here.off)
+    error = jnp.where(here.finite & finishing & ~s.fresh, error, jnp.inf)
     better = error <= _HALVES * s.error
     # Newton's step from a small error is worth its price: it ends at rounding.
     exact = (error <= jnp.minimum(goal, _EXACT * tolerance)) | ~better
@@ -467,7 +485,9 @@ def record(
 
     # The active set that a finish begins with.
     ends_w = barrier.to_boundary(pairs.w, step.changes.w, pairs.nu, step.changes.nu)
-    to_zero = jnp.where(judged.solved, ends_w, pairs.w < pairs.nu * measures.freedom)
+    # Which of the two goes to zero shows while τ falls; then, what the force moves the row by.
+    falls = judged.solved & (judged.tau < s.tau)
+    to_zero = jnp.where(falls, ends_w, pairs.w < pairs.nu * measures.freedom)
     slack_ends = barrier.to_boundary(pairs.sigma, step.changes.sigma, pairs.zeta, step.changes.zeta)
     over = here.sides.soft & to_zero & ~slack_ends
     active = here.sides.equality | (here.sides.inequality & to_zero & ~over)
@@ -535,7 +555,13 @@ def _status(s: Search, here: Local, judged: Judgement, definite: Array) -> Array
 
 
 def _evaluation(
-    data: Data, s: Search, here: Local, step: Step, layout: Layout, options: Options
+    data: Data,
+    s: Search,
+    here: Local,
+    noise: Array,
+    step: Step,
+    layout: Layout,
+    options: Options,
 ) -> Evaluation:
     u, low, high = s.at.u, data.u_lower, data.u_upper
     projected = jnp.max(jnp.abs(jnp.clip(u - here.gradient, low, high) - u), axis=(0, 1))
@@ -544,7 +570,7 @@ def _evaluation(
     return Evaluation(
         costate=here.first.costate,
         free=~here.clamped,
-        kkt_residual=jnp.maximum(projected, gap),
+        kkt_residual=jnp.maximum(jnp.maximum(projected, gap), jnp.max(noise, axis=0)),
         linearization=Linearization(
             factors=step.direction.factors,
             hessian=here.H if whole else here.expanded.C,
