@@ -22,10 +22,8 @@ from jaxmpc.solver.interior.state import (
     PROBE,
     RESTORE,
     Search,
-    Trajectory,
     tiny_of,
 )
-from jaxmpc.solver.rounding import hidden
 
 FIRST = 0.1  # τ at first, relative to what is to be gained a stage
 # What going away by as much as the states and controls are large costs a restoration.
@@ -62,9 +60,8 @@ class Local(NamedTuple):
     near: tuple[Array, Array]  # [n+m] and [n], the curvature that keeps it near
     gradient: Array  # [T, m], ∇_u of the Lagrangian
     clamped: Array  # [T, m]
-    residual: Array  # [m], the largest of ∇_u along the horizon, but of clamped controls
-    terms: Array  # [m], those that cancel in it
-    off: Array  # how far rows are from an active set, over their sizes
+    # On an active set: the residual over the terms that cancel in it, and rows over their sizes.
+    error: Array
     dual: Array  # ∇ of the barrier's Lagrangian, in units of the objective
     rounding: Array  # in the gradient, in units of the objective
     finite: Array
@@ -130,42 +127,49 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     found = active_set.state_of(plain, nu, g, gain / sizes.some**2)
     state = lanes.select((finishing & ~s.fresh) | probing, found, guess)
 
-    # First and second order.
+    # First and second order. A rollout's own costates carry its rounding back, which an unstable
+    # plant amplifies on the way there and on the way back. So a finish is held, as the barrier is,
+    # against the costates that the step led to: those answer by feedback.
     multipliers = layout.rows(state.nu)
     first = first_order(expanded, multipliers)
-    costate = lanes.select(inside & (s.filter.most > 0), at.costate, first.costate)
+    own = (inside & (s.filter.most > 0)) | (finishing & ~s.fresh)
+    costate = lanes.select(own, at.costate, first.costate)
     H, H_final = hessians(problem, data.theta, x, u, expanded, costate, multipliers)
-    gradient = first.control_cost + first.control_pull
+    pull = jax.vmap(lanes.matvec_t)
+    of_z = first.c + pull(expanded.F, costate[1:])
+    gradient = of_z[:, n:]
+    of_x = jnp.concatenate([of_z[1:, :n], first.c_final[None]]) - costate[1:]
     held = jnp.where(s.fresh & ~s.last, s.held.clamped, clamped(gradient, u, low, high))
-    residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=0)
-    # What cancels in the gradient: the cost, the rows and the dynamics, each by its size; and in
-    # the costates, before the dynamics multiply them.
+    residual_u = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=0)
+    residual_x = jnp.max(jnp.abs(of_x), axis=0)
+    # What cancels: the cost, the rows and the dynamics, each by its size; and in the costates,
+    # before the dynamics multiply them.
     size_c, size_final = add_pull(
         jnp.abs(expanded.c),
         jnp.abs(expanded.c_final),
         per_row(jnp.abs, expanded.G),
         per_row(jnp.abs, multipliers),
     )
-    size_F, pull = jnp.abs(expanded.F), jax.vmap(lanes.matvec_t)
-    size_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
+    size_F = jnp.abs(expanded.F)
+    size_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(costate[1:]))
     size_costate = jnp.concatenate([size_costate[1:], size_final[None]])
-    terms = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
-    floor = jnp.where(probing, 0, 1e-3 * measures.scale / jnp.maximum(size_u, tiny))
-    relative_to = jnp.maximum(jnp.maximum(terms, floor), tiny)
+    terms_x = jnp.max(size_costate, axis=0)
+    terms_u = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
+    floor = jnp.where(probing, 0, 1e-3 * measures.scale)
+
+    def relative(residual, terms, size):
+        terms = jnp.maximum(terms, floor / jnp.maximum(size, tiny))
+        return jnp.max(residual / jnp.maximum(terms, tiny), axis=0)
+
     off = jnp.max(active_set.gaps(plain, g, state) / sizes.some, axis=0)
-    error = jnp.maximum(jnp.max(residual / relative_to, axis=0), off)
+    error = jnp.maximum(relative(residual_u, terms_u, size_u), off)
+    error = jnp.maximum(error, relative(residual_x, terms_x, size_x))
     finite = all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim)
 
-    # ∇ of the Lagrangian with the barrier's own costates and multipliers.
-    of_z = expanded.c + pull(expanded.F, costate[1:])
-    of_z, of_end = add_pull(of_z, expanded.c_final, expanded.G, layout.rows(nu))
+    # The same with the multipliers of the bounds, in units of the objective.
     upper, lower = layout.bounds(nu)
-    of_u = jnp.where(low < high, jnp.abs(of_z[:, n:] + upper - lower), 0)
-    of_x = jnp.concatenate([of_z[1:, :n], of_end[None]]) - costate[1:]
-    dual = jnp.maximum(
-        jnp.max(jnp.max(jnp.abs(of_x), axis=0) * size_x, axis=0),
-        jnp.max(jnp.max(of_u, axis=0) * size_u, axis=0),
-    )
+    of_u = jnp.max(jnp.where(low < high, jnp.abs(gradient + upper - lower), 0), axis=0)
+    dual = jnp.maximum(jnp.max(residual_x * size_x, axis=0), jnp.max(of_u * size_u, axis=0))
     return Local(
         expanded=expanded,
         first=first,
@@ -182,20 +186,8 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         near=(near, near_x),
         gradient=gradient,
         clamped=held,
-        residual=residual,
-        terms=relative_to,
-        off=off,
+        error=error,
         dual=dual,
-        rounding=lanes.eps(x) * jnp.max(terms * size_u, axis=0),
+        rounding=lanes.eps(x) * jnp.max(terms_u * size_u, axis=0),
         finite=finite,
     )
-
-
-def rounding_in(at: Trajectory, here: Local, tolerance: Array) -> Array:
-    """[m], the size of rounding in the residual; 0 where that leaves fewer than half of the digits
-    of the tolerance."""
-    noise, _ = hidden(
-        at.x, at.u, here.first.costate, here.gradient, here.H, here.expanded.F, here.H_final
-    )
-    noise = jnp.max(jnp.where(here.clamped, 0, noise), axis=0)
-    return jnp.where(noise <= tolerance**0.5 * here.terms, noise, 0)

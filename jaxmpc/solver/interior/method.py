@@ -17,7 +17,7 @@ from jaxmpc.solver.assessment import all_finite, tolerances
 from jaxmpc.solver.interior import active_set, barrier, filter
 from jaxmpc.solver.interior.barrier import Layout, Pairs
 from jaxmpc.solver.interior.filter import Candidate, Filter
-from jaxmpc.solver.interior.local import FIRST, Local, evaluated, rounding_in
+from jaxmpc.solver.interior.local import FIRST, Local, evaluated
 from jaxmpc.solver.interior.state import (
     FINISH,
     INTERIOR,
@@ -46,7 +46,6 @@ _LEAST = 1e-3  # τ in the end, relative to the tolerance
 _SMALL = 2e-3  # relative to the first, from where on a finish is tried
 _SHORT = 0.1  # a step so short was not one of a good Hessian
 _MAX_TRIES = 14  # lengths of a step
-_NOISES = 4.0  # a residual of so many samples of rounding may be rounding
 _EXACT = 1e-3  # a finish ends at this share of the tolerance, if it can
 _HALVES = 0.5  # a finish has to halve its error,
 _MISSES = 2  # but for so many times in a row
@@ -133,14 +132,13 @@ def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> Carry:
     s: Search = carry.search.unpack()
     layout, running = layout_of(s.at.values.g, s.at.u), carry.status == RUNNING
     here = evaluated(problem, data, s, layout)
-    noise = _noise(s, here, options, running)
-    judged = judge(data, options, s, here, noise)
+    judged = judge(data, options, s, here)
     step = propose(
         data, options, s, here, layout, judged.tau, judged.measures, ~running | judged.ends
     )
     found = search(problem, data, options, s, here, layout, judged, step, running)
     after, status = record(data, s, here, layout, judged, step, found, options)
-    evaluation = _evaluation(data, s, here, noise, step, layout, options)
+    evaluation = _evaluation(data, s, here, step, layout, options)
     new = Carry(status, pack(after, running.ndim), evaluation)
     # The others wait for the last problem of the batch, at a point that stays: their evaluation
     # comes out the same again, and the largest arrays need no selection.
@@ -168,20 +166,7 @@ class Judgement(NamedTuple):
     out_of_time: Array
 
 
-def _noise(s: Search, here: Local, options: Options, running: Array) -> Array:
-    """[m], the size of rounding in the residual of a finish, where that may be what is left."""
-    tolerance, goal = tolerances(options, s.tau.dtype)
-    error = jnp.max(here.residual / here.terms, axis=0)
-    doubtful = (s.mode == FINISH) & ~s.fresh & here.finite & running
-    doubtful &= (error > jnp.minimum(goal, _EXACT * tolerance)) & (error < tolerance**0.5)
-    return lax.cond(
-        jnp.any(doubtful),
-        lambda: jnp.where(doubtful, rounding_in(s.at, here, tolerance), 0),
-        lambda: jnp.zeros_like(here.residual),
-    )
-
-
-def judge(data: Data, options: Options, s: Search, here: Local, noise: Array) -> Judgement:
+def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
     values, pairs = s.at.values, s.at.pairs
     dtype, T = values.costs.dtype, values.costs.shape[0] - 1
     eps, (tolerance, goal) = lanes.eps(dtype), tolerances(options, dtype)
@@ -190,10 +175,7 @@ def judge(data: Data, options: Options, s: Search, here: Local, noise: Array) ->
     probing, finishing, restoring = s.mode == PROBE, s.mode == FINISH, s.mode == RESTORE
     inside = (s.mode == INTERIOR) | restoring
 
-    # A residual of a few roundings may be rounding.
-    terms = jnp.maximum(here.terms, _NOISES / tolerance * noise)
-    error = jnp.maximum(jnp.max(here.residual / terms, axis=0), here.off)
-    error = jnp.where(here.finite & finishing & ~s.fresh, error, jnp.inf)
+    error = jnp.where(here.finite & finishing & ~s.fresh, here.error, jnp.inf)
     better = error <= _HALVES * s.error
     # Newton's step from a small error is worth its price: it ends at rounding.
     exact = (error <= jnp.minimum(goal, _EXACT * tolerance)) | ~better
@@ -472,8 +454,8 @@ def record(
     pairs_new = found.pairs._replace(nu=jnp.where(on_set, nu_set, found.pairs.nu))
     pairs_new = lanes.select(begun, begun_pairs, pairs_new)
     pairs_new = pairs_new._replace(nu=jnp.where(judged.restarts, 0, pairs_new.nu))
-    costate = here.costate + found.alpha * (step.direction.costate - here.costate)
-    costate = jnp.where(inside, costate, here.first.costate)
+    share = jnp.where(inside, found.alpha, 1)
+    costate = here.costate + share * (step.direction.costate - here.costate)
     after = Trajectory(found.x, found.u, costate, pairs_new, found.values)
     after = lanes.select(finishing & ~judged.goes_on, at, after)
     after = lanes.select(judged.fails, s.kept, after)
@@ -558,7 +540,6 @@ def _evaluation(
     data: Data,
     s: Search,
     here: Local,
-    noise: Array,
     step: Step,
     layout: Layout,
     options: Options,
@@ -568,9 +549,9 @@ def _evaluation(
     gap = jnp.max(active_set.gaps(here.sides, here.g, here.state), axis=0)
     whole = options.backward_hessian == "exact"
     return Evaluation(
-        costate=here.first.costate,
+        costate=here.costate,
         free=~here.clamped,
-        kkt_residual=jnp.maximum(jnp.maximum(projected, gap), jnp.max(noise, axis=0)),
+        kkt_residual=jnp.maximum(projected, gap),
         linearization=Linearization(
             factors=step.direction.factors,
             hessian=here.H if whole else here.expanded.C,
