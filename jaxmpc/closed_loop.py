@@ -9,11 +9,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxmpc import validation
-from jaxmpc.batch.unchecked import axes_of, manual_axes, vary
+from jaxmpc.batch.unchecked import axes_of, manual_axes, unchecked, vary
+from jaxmpc.derivative.isolation import finite, isolated
 from jaxmpc.derivative.refused import no_reverse, refused
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.constraints import FUNCTIONS, KINDS, named_multipliers
-from jaxmpc.problem.trace import precise, trace
+from jaxmpc.problem.inside import inner, inner_bounds
+from jaxmpc.problem.trace import has_kinks_in_u, hoist, trace
 from jaxmpc.types import (
     Constraints,
     Cost,
@@ -77,11 +79,18 @@ def receding_horizon(
 
     Returns:
       An ``Episode`` with the plant's states [N+1, n], the controls [N, m], the stage costs [N] of
-      what happened, and per solve its status, iterations and KKT residual [N].
+      what happened, and per solve its status, iterations and KKT residual [N]. The status is
+      NONFINITE, too, where the plant left what is finite. In an episode of a batch whose status is
+      CONVERGED at all N steps, everything is finite.
 
     Differentiable, by the rule that ``options`` name, in whatever ``mpc_solve`` and the plant are:
     x and u with respect to x_init, params and everything that the functions close over. A step
-    whose solve did not converge contributes what ``Options.unconverged`` says.
+    whose solve did not converge contributes what ``Options.unconverged`` says. So does the plant
+    where what it does, the stage cost, or one of their derivatives in x and u is NaN or infinite
+    (nothing, unless that is "nan"), whatever the loss makes of that row. One bad episode of a batch
+    changes neither the values nor the gradients of the others: mask it by its status in the loss.
+    A plant with effects (``jax.debug.print``, say) is called as it is, once a step, and without
+    this protection.
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``; ``num_steps`` is not an int of at least 1; the plant
@@ -109,12 +118,32 @@ def receding_horizon(
     validation.check_count("num_steps", num_steps, least=1)
     plant = dynamics if plant is None else plant
     validation.check_callable("plant", plant)
-    stage_cost, step_plant = precise(cost), precise(plant)
     problem, data, options = trace(
         cost, dynamics, x_init, u_init, params, x_guess=x_guess, terminal_cost=terminal_cost,
         u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
     dtype, n = data.x_init.dtype, problem.num_states
+
+    def happens(x: Array, u: Array, k: Array) -> tuple[Array, ...]:
+        """The next state, and what an episode records: where it came from, and the stage cost."""
+        x_next = validation.one_array("plant", validation.call("plant", plant, x, u, k, params))
+        validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
+        return x_next.astype(dtype), x, u, jnp.asarray(cost(x, u, k, params), dtype)
+
+    function = hoist(happens, data.x_init[:n], data.u_init[0], jnp.int32(0))
+    theta: tuple[Any, ...] = (function.constants,)
+    if (u_lower is not None or u_upper is not None) and has_kinks_in_u(function):
+        theta += tuple(a[0] for a in inner_bounds(data.u_lower, data.u_upper))
+
+    def happen(x: Array, u: Array, k: Array, theta: tuple[Any, ...]) -> Any:
+        return function.call(theta[0], x, u, k)
+
+    def inside(x: Array, u: Array, k: Array, theta: tuple[Any, ...]) -> Any:
+        return function.call(theta[0], x, inner(u, *theta[1:]) if theta[1:] else u, k)
+
+    if function.jaxpr is None or not function.jaxpr.effects:  # Effects are to happen once.
+        blank = jnp.nan if options.unconverged == "nan" else 0.0
+        happen = unchecked(isolated(happen, inside, blank, options.derivative))
 
     def step(carry: _Carry, k: Array) -> tuple[_Carry, tuple[Array, ...]]:
         x, plan, guess, previous, multipliers = carry
@@ -132,9 +161,8 @@ def receding_horizon(
             options=options,
         )
         u = solution.u[0]
-        x_next = validation.call("plant", step_plant, x, u, k, params)
-        x_next = validation.one_array("plant", x_next)
-        validation.has_shape("the state that plant returns", x_next, x.shape, "[n]")
+        happened = happen(x, u, k, theta)
+        fails = (solution.status == Status.CONVERGED) & ~finite(happened)
         # The warm start carries no derivative: that of the solution in u_init is zero.
         plan = lax.stop_gradient(_shifted(solution.u))
         if guess is not None:
@@ -144,11 +172,10 @@ def receding_horizon(
             multipliers = jax.tree.map(
                 lambda a: jnp.where(usable, a, 0), lax.stop_gradient(_later(solution.multipliers))
             )
-        return (x_next.astype(dtype), plan, guess, u, multipliers), (
-            x,
-            u,
-            jnp.asarray(stage_cost(x, u, k, params), dtype),
-            solution.status,
+        x_next, *row = happened
+        return (x_next, plan, guess, u, multipliers), (
+            *row,
+            jnp.where(fails, jnp.int32(Status.NONFINITE), solution.status),
             solution.iterations,
             solution.kkt_residual,
         )

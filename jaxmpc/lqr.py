@@ -10,11 +10,13 @@ from jax.typing import ArrayLike
 
 from jaxmpc import validation
 from jaxmpc.batch.unchecked import unchecked
+from jaxmpc.derivative.isolation import finite, zeros_unless
 from jaxmpc.derivative.tied import along, tied
 from jaxmpc.riccati import kkt
 from jaxmpc.riccati.constrained import System, no_active_rows, residual
+from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.point import Point, Rhs, no_rows
-from jaxmpc.types import DerivativeRule, LQRSolution, RiccatiMethod
+from jaxmpc.types import DerivativeRule, LQRSolution, RiccatiMethod, Status
 
 _Gains = tuple[Array, Array]  # K and k
 
@@ -43,7 +45,8 @@ def lqr_solve(
       x_init: [n].
       C: [T, n+m, n+m]; only its symmetric part counts. The problem needs Q_uu = C_uu + BᵀVB to be
         positive definite on the free controls at every stage; where it is not, what comes back
-        is a stationary point that is no minimum (or not finite, where Q_uu is singular).
+        is a stationary point that is no minimum (or not finite, where Q_uu is singular), and
+        ``status`` says so.
       c: [T, n+m].
       F: [T, n, n+m], the matrices (A, B) side by side.
       f: [T, n], 0 by default.
@@ -60,11 +63,14 @@ def lqr_solve(
         forward's factorization a tangent. See ``Options.derivative``.
 
     Returns:
-      An ``LQRSolution`` with x [T+1, n], u [T, m], costate [T+1, n], K [T, m, n], k [T, m].
+      An ``LQRSolution`` with x [T+1, n], u [T, m], costate [T+1, n], K [T, m, n], k [T, m] and the
+      ``status``: CONVERGED (the one minimum), INDEFINITE (a stationary point: some Q_uu is not
+      positive definite, or is singular but for rounding) or NONFINITE.
 
     Differentiable to any order in every array argument but ``free``, in reverse mode, and with
     ``derivative="jvp"`` in forward mode too. The backward pass of x, u and costate is one more LQR
-    solve with the forward's factorization.
+    solve with the forward's factorization. The gradient of a problem that is NONFINITE is zero, and
+    the others of its batch do not notice it.
 
     Raises:
       TypeError: an argument is not real floating-point (``free``: not boolean).
@@ -101,10 +107,14 @@ def _solve(
     F, free = args.F, args.free
     rhs = Rhs(args.x_init, args.c, args.f, args.c_final, no_rows(len(F), F.dtype))
     factors, point, k = how.solve(*lax.stop_gradient((C, F, C_final, free, rhs)))
+    sound = finite((point, factors.K, k))
+    definite = jnp.all(factors.curvature > definite_threshold(F.dtype))
+    status = jnp.where(definite, Status.CONVERGED, Status.INDEFINITE)
+    status = jnp.where(sound, status, Status.NONFINITE).astype(jnp.int32)
     system = System(factors, C, F, C_final, free, no_active_rows(F))
     found = point, (factors.K, k)
-    (x, u, costate, _), (K, k) = _with_derivatives(how, system, rhs, *found, derivative)
-    return LQRSolution(x, u, costate, K, k)
+    (x, u, costate, _), (K, k) = _with_derivatives(how, system, rhs, *found, sound, derivative)
+    return LQRSolution(x, u, costate, K, k, status)
 
 
 def _with_derivatives(
@@ -113,19 +123,37 @@ def _with_derivatives(
     rhs: Rhs,
     point: Point,
     gains: _Gains,
+    sound: Array,
     rule: DerivativeRule,
 ) -> tuple[Point, _Gains]:
     """The plan, which moves as that of ``kkt_solve``, and the gains, which move as those of the
-    recursion: both were found from constants."""
+    recursion: both were found from constants. Those of a problem that is not ``sound`` do not."""
+    none: Any = None
 
-    def pull_plan(cotangent: Point, point: Point, system: System, rhs: Rhs) -> tuple[System, Rhs]:
-        return kkt.solve_cotangents(method, (system, point), cotangent)
+    def pull_plan(
+        cotangent: Point, point: Point, system: System, rhs: Rhs, sound: Array
+    ) -> tuple[System, Rhs, None]:
+        cotangent, *saved = zeros_unless(sound, (cotangent, system, point))
+        return *kkt.solve_cotangents(method, tuple(saved), cotangent), None
 
-    def push_plan(tangents: tuple[Any, Any], point: Point, system: System, rhs: Rhs) -> Point:
+    def push_plan(
+        tangents: tuple[Any, ...], point: Point, system: System, rhs: Rhs, sound: Array
+    ) -> Point:
+        point, system, rhs = zeros_unless(sound, (point, system, rhs))
+
         def left(system: System, rhs: Rhs) -> Rhs:
             return residual(system, point, rhs)
 
-        return kkt.linear_kkt_solve(method, system, along(left, (system, rhs), tangents))
+        moved = kkt.linear_kkt_solve(method, system, along(left, (system, rhs), tangents[:2]))
+        still: Point = zeros_unless(sound, moved)
+        return still
+
+    def regular(system: System, rhs: Rhs, sound: Array) -> tuple[System, Rhs]:
+        """Of zeros alone no Q_uu has an inverse."""
+        eye = jnp.eye(system.C.shape[-1], dtype=system.C.dtype)
+        C = jnp.where(sound, system.C, eye)
+        system, rhs = zeros_unless(sound, (system, rhs))
+        return system._replace(C=C), rhs
 
     def recursion(system: System, rhs: Rhs) -> _Gains:
         factorize, substitute = method.recursion
@@ -133,21 +161,25 @@ def _with_derivatives(
         return factors.K, substitute(factors, system.F, rhs)[1]
 
     def pull_gains(
-        cotangent: _Gains, gains: _Gains, system: System, rhs: Rhs
-    ) -> tuple[System, Rhs]:
+        cotangent: _Gains, gains: _Gains, system: System, rhs: Rhs, sound: Array
+    ) -> tuple[System, Rhs, None]:
+        system, rhs = regular(system, rhs, sound)
+
         def of_matrices(C: Array, F: Array, C_final: Array, rhs: Rhs) -> _Gains:
             return recursion(system._replace(C=C, F=F, C_final=C_final), rhs)
 
-        none: Any = None
         _, vjp = jax.vjp(of_matrices, system.C, system.F, system.C_final, rhs)
-        C_bar, F_bar, C_final_bar, rhs_bar = vjp(cotangent)
-        return System(none, C_bar, F_bar, C_final_bar, none, none), rhs_bar
+        C_bar, F_bar, C_final_bar, rhs_bar = vjp(zeros_unless(sound, cotangent))
+        return System(none, C_bar, F_bar, C_final_bar, none, none), rhs_bar, None
 
-    def push_gains(tangents: tuple[Any, Any], gains: _Gains, system: System, rhs: Rhs) -> _Gains:
-        moved: _Gains = along(recursion, (system, rhs), tangents)
-        return moved
+    def push_gains(
+        tangents: tuple[Any, ...], gains: _Gains, system: System, rhs: Rhs, sound: Array
+    ) -> _Gains:
+        moved: _Gains = along(recursion, regular(system, rhs, sound), tangents[:2])
+        still: _Gains = zeros_unless(sound, moved)
+        return still
 
     return (
-        tied(pull_plan, push_plan, rule=rule, moves=False)(point, system, rhs),
-        tied(pull_gains, push_gains, rule=rule, moves=False)(gains, system, rhs),
+        tied(pull_plan, push_plan, rule=rule, moves=False)(point, system, rhs, sound),
+        tied(pull_gains, push_gains, rule=rule, moves=False)(gains, system, rhs, sound),
     )

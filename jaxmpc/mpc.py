@@ -74,7 +74,9 @@ def mpc_solve(
     The user's functions are differentiated twice and in forward mode: inside them,
     ``lax.custom_root`` or ``jax.custom_jvp``, not ``jax.custom_vjp``. Those that have forward mode
     alone (a ``lax.while_loop``, a simulator's contact solver) are solved for, at n + m forward
-    derivatives for each that reverse mode would have given; the gradient is then a TypeError.
+    derivatives for each that reverse mode would have given; the gradient is then a TypeError. Where
+    they have a kink at a bound of the controls, because a plant clips them to the same range,
+    derivatives are those from inside the bounds: plan and gradient are the same as without.
 
     Inside a ``jax.shard_map`` that checks what varies, as it does by default, there are plans and
     gradients, but second derivatives need ``check_vma=False``.

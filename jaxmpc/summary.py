@@ -1,5 +1,7 @@
 """A short text on how solves went: what to print when something looks wrong."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -12,6 +14,11 @@ _ADVICE = {
     Status.INDEFINITE: "a saddle, or a control that the cost does not see: no implicit gradient",
     Status.INFEASIBLE: "u_lower > u_upper, or constraints that no plan nearby meets",
 }
+# Of a search that ended although its gradient is far above rounding.
+_AT_A_KINK = (
+    "at a kink: no step leads down, yet the gradient is far from 0. Write max(g, 0) as a soft "
+    "constraint and |u| by two controls (README: Kinks); if all is smooth, the horizon is too long"
+)
 
 
 def summarize(solution: Solution, *, show: int = 5) -> str:
@@ -74,6 +81,11 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
         count = int(np.sum(status == kind))
         if count:
             advice = f"  ({_ADVICE[kind]})" if kind in _ADVICE else ""
+            kinks = int(np.sum(_at_a_kink(solution))) if kind == Status.STALLED else 0
+            if kinks == count:
+                advice = f"  ({_AT_A_KINK})"
+            elif kinks:
+                advice += f"\n  {'':<15}{kinks:>7}          ({_AT_A_KINK})"
             lines.append(f"  {kind.name:<15}{count:>7} {100 * count / total:6.1f} %{advice}")
     lines.append(_row("iterations", iterations, "{:.0f}"))
     lines.append(_row("KKT residual", residual, "{:.1e}"))
@@ -101,6 +113,32 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
         if order.size > show:
             lines.append(f"    … and {order.size - show} more")
     return "\n".join(lines)
+
+
+def _at_a_kink(solution: Solution) -> np.ndarray:
+    """Which problems stalled at a kink.
+
+    No step led down, so the objective is at its minimum but for rounding. Along a control with the
+    slope r a smooth function has a curvature of r² / 2 rounding there at least, and r vanishes
+    within 2 rounding / r. If that is nothing beside the controls, r does not vanish: it jumps.
+    """
+    eps = float(np.finfo(solution.u.dtype).eps)
+
+    def of_each(a: Any) -> np.ndarray:
+        return np.asarray(a, float).reshape(np.size(solution.status), -1)
+
+    x, u, costate = of_each(solution.x), of_each(solution.u), of_each(solution.costate)
+    residual = np.ravel(solution.kkt_residual)
+    violation = 0.0 if solution.violation is None else np.ravel(solution.violation)
+    with np.errstate(all="ignore"):
+        rounding = 4 * np.abs(np.ravel(solution.objective)) + np.sum(np.abs(costate * x), axis=1)
+        reach = 2 * eps * rounding / residual
+        size = np.max(np.abs(u), axis=1)
+        sharp = reach < eps**0.5 * np.where(size > 0, size, 1)
+        # With constraints the residual is that of the worst row, too.
+        stalled = np.ravel(solution.status) == Status.STALLED
+        found: np.ndarray = stalled & sharp & ~(violation > 0.1 * residual)
+    return found
 
 
 def _violated(solution: Solution, show: int) -> list[str]:

@@ -296,13 +296,15 @@ class Constraints:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LQRSolution:
-    """What ``lqr_solve`` returns: the plan u_t = K_t x_t + k_t, its states and its costates."""
+    """What ``lqr_solve`` returns: the plan u_t = K_t x_t + k_t, its states and its costates, and
+    whether that is a minimum."""
 
     x: Array  # [T+1, n]
     u: Array  # [T, m]
     costate: Array  # [T+1, n]; costate[t] = ∂(cost-to-go)/∂x_t
     K: Array  # [T, m, n]; rows of pinned controls are 0
     k: Array  # [T, m]
+    status: Array  # a ``Status``, as int32: CONVERGED, INDEFINITE or NONFINITE
 
 
 @jax.tree_util.register_dataclass
@@ -362,6 +364,8 @@ class Episode:
     x: Array  # [N+1, n], the states of the plant
     u: Array  # [N, m], the controls that were applied
     costs: Array  # [N], the stage costs of what happened
-    status: Array  # [N], a ``Status`` each
+    # [N], a ``Status`` each: that of the solve, or NONFINITE where that CONVERGED, but the plant's
+    # next state or the stage cost is not finite.
+    status: Array
     iterations: Array  # [N]
     kkt_residual: Array  # [N]

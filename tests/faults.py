@@ -44,6 +44,29 @@ INTERIOR = "tests/machinery/test_interior.py"
 INFEASIBLE = "tests/statuses/test_infeasible.py"
 
 FAULTS = [
+    # Derivatives from inside the bounds.
+    Fault(
+        "derivatives are those at the bound", "problem/inside.py",
+        "return u + lax.stop_gradient(jnp.clip(u, low, high) - u)", "return u",
+        "tests/solutions/test_clipped_controls.py",
+    ),
+    Fault(
+        "between equal bounds the way in is out", "problem/inside.py",
+        "jnp.where(up, lower + step(lower), lower - step(lower))",
+        "jnp.where(up, lower - step(lower), lower + step(lower))",
+        "tests/solutions/test_clipped_controls.py",
+    ),
+    # Isolation.
+    Fault(
+        "the plant is differentiated where its derivative is not finite", "derivative/isolation.py",
+        "found = finite((at, slopes(lambda x, u: moving(x, u, t, theta), x, u)))",
+        "found = finite(at)", ISOLATION,
+    ),
+    Fault(
+        "the gains of an LQR problem that is not finite move", "lqr.py",
+        "system, rhs = zeros_unless(sound, (system, rhs))",
+        "C = system.C", ISOLATION,
+    ),
     # The derivative.
     Fault(
         "a clamped control moves against its bound", "derivative/implicit.py",
@@ -311,8 +334,8 @@ FAULTS = [
     # The other calls.
     Fault(
         "the rate of a closed loop counts from the first control", "closed_loop.py",
-        "return (x_next.astype(dtype), plan, guess, u, multipliers), (",
-        "return (x_next.astype(dtype), plan, guess, previous, multipliers), (",
+        "return (x_next, plan, guess, u, multipliers), (",
+        "return (x_next, plan, guess, previous, multipliers), (",
         "tests/solutions/test_formulation.py tests/public/test_closed_loop.py",
     ),
     Fault(

@@ -100,7 +100,7 @@ def _with_derivatives(
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
     # differentiate at, another one has to stand in.
     point = Point(solution.x, solution.u, solution.costate, solution.multipliers)
-    safe, theta, prices = stand_in(solved, (point, data.theta, data.prices))
+    safe, theta, prices = stand_in(solved, (point, data.theta, data.prices), blank)
     # The pieces that its rows are on belong to its own point and prices.
     free, state = solution.free, zeros_unless(solved, linearization.state)
 

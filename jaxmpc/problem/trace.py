@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxmpc import validation
 from jaxmpc.batch.unchecked import jaxpr_of
 from jaxmpc.problem.constraints import constraint_functions, with_constraints
+from jaxmpc.problem.inside import from_inside, has_kinks, inner_bounds
 from jaxmpc.problem.matrices import Affine, Quadratic, checked
 from jaxmpc.problem.modes import Hoisted, has_reverse
 from jaxmpc.problem.params import split
@@ -44,6 +45,7 @@ def trace(
 ) -> tuple[Problem, Data, Options]:
     """Check the arguments of a public call, and trace the user's functions."""
     validation.check_options(options)
+    bounds = [a for a in (u_lower, u_upper) if a is not None]
     x_init, u_init, u_lower, u_upper = validation.mpc_arguments(x_init, u_init, u_lower, u_upper)
     if x_guess is not None:
         x_guess = validation.state_guess(x_guess, len(u_init), len(x_init))
@@ -75,6 +77,11 @@ def trace(
         # A constant or a parameter of a wider dtype: promoted together, as NumPy would.
         dtype = wider
 
+    kinked = [
+        name for name, function in traced.items()
+        if bounds and "terminal" not in name and has_kinks_in_u(function)
+    ]  # fmt: skip
+
     def pure(name):
         function = traced[name]
 
@@ -82,7 +89,7 @@ def trace(
             *point, theta = args
             return jnp.asarray(function.call(theta.constants[name], *point, theta.params), dtype)
 
-        return call
+        return from_inside(call) if name in kinked else call
 
     constants = {name: function.constants for name, function in traced.items()}
     constants |= {name: jax.tree.map(lambda a: a.astype(dtype), named[name]) for name in given}
@@ -103,6 +110,11 @@ def trace(
         ),
     )
     x_init, u_init, u_lower, u_upper = (a.astype(dtype) for a in (x_init, u_init, u_lower, u_upper))
+    if kinked:
+        low, high = inner_bounds(u_lower, u_upper)
+        if all(jnp.ndim(a) < 2 for a in bounds):  # the same at all stages
+            low, high = low[0], high[0]
+        constants["inside"] = low, high
     theta, prices = Theta(params, constants), Prices(none, none, none)
     unmoved = jnp.zeros(0, bool)
     if x_guess is not None:
@@ -125,18 +137,32 @@ def _hoist(name, fn, whole, point, params) -> Hoisted:
     if isinstance(fn, Affine | Quadratic):
         out = jax.eval_shape(fn, *point, params)
         return Hoisted(lambda given, *args: given(*args), fn, out, None)
+    function = hoist(
+        lambda *args: validation.call(name, fn, *args[:-1], whole(args[-1])), *point, params
+    )
+    if function.jaxpr is not None and isinstance(function.out, jax.ShapeDtypeStruct):
+        return function._replace(out=function.jaxpr.outvars[0].aval)
+    return function
+
+
+def hoist(fn: Callable, *args) -> Hoisted:
+    """A function that may close over traced values, with those as an argument."""
     with jax.default_matmul_precision(_precision()):
-        closed, out = jaxpr_of(
-            lambda *args: validation.call(name, fn, *args[:-1], whole(args[-1])), *point, params
-        )
+        closed, out = jaxpr_of(fn, *args)
 
     @precise  # The derivative rules inside are traced here.
     def call(constants, *args):
         flat = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
-        return flat[0]
+        return jax.tree.unflatten(jax.tree.structure(out), flat)
 
-    out = closed.out_avals[0] if isinstance(out, jax.ShapeDtypeStruct) else out
     return Hoisted(call, closed.consts, out, closed.jaxpr)
+
+
+def has_kinks_in_u(function: Hoisted) -> bool:
+    """Whether a function of (x, u, …) may have."""
+    if function.jaxpr is None:
+        return False
+    return has_kinks(function.jaxpr, [i == 1 for i in range(len(function.jaxpr.invars))])
 
 
 def precise(fn: Callable) -> Callable:
