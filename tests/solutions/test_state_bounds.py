@@ -136,3 +136,43 @@ def test_what_bounds_broadcast_to():
         assert_close(lower, np.broadcast_to(value, (4, 2)), 0)
         assert lower.dtype == upper.dtype == jnp.float32
     assert state_bounds(Constraints(), (4, 2), jnp.float32) == (None, None)
+
+
+def unstable(x, u, t, p):
+    return jnp.stack([1.5 * x[0] + 0.1 * x[1], x[1] + 0.1 * u[0] + 0.02 * jnp.sin(x[0])])
+
+
+def price(x, u, t, p):
+    return 0.5 * (x[0] ** 2 + 0.1 * x[1] ** 2 + 0.01 * u[0] ** 2)
+
+
+def plan_of_unstable(x_init, guess):
+    return mpc_solve(
+        price, unstable, x_init, jnp.zeros((300, 1)), x_guess=guess,
+        constraints=Constraints(x_lower=jnp.array([-jnp.inf, -0.85])),
+    )  # fmt: skip
+
+
+# By IPOPT (CasADi, multiple shooting, tolerance 1e-12), the states at x_init at first.
+OF_UNSTABLE = 0.5877520455605931
+
+
+def test_a_rollout_that_says_nothing_is_no_start():
+    """1.5³⁰⁰ = 7e52: the states start at x_init instead, and so they do when they are told to."""
+    x_init = jnp.array([0.1, 0.0])
+    s = jax.jit(plan_of_unstable)(x_init, None)
+    assert int(s.status) == Status.CONVERGED
+    assert_close(s.objective, OF_UNSTABLE, 1e-9)
+    assert_close(jnp.min(s.x[:, 1]), -0.85, 1e-12)
+    assert_close(s.x[-1], np.zeros(2), 1e-9, scale=1)
+
+
+@pytest.mark.slow
+def test_so_it_starts_where_it_is_told_to():
+    x_init = jnp.array([0.1, 0.0])
+    held = jnp.broadcast_to(x_init, (301, 2))
+    want = jax.jit(plan_of_unstable)(x_init, None)
+    for guess in (held, 0 * held):
+        s = jax.jit(plan_of_unstable)(x_init, guess)
+        assert int(s.status) == Status.CONVERGED
+        assert_close(s.u, want.u, 1e-9)

@@ -63,7 +63,7 @@ class Local(NamedTuple):
     # On an active set: the residual over the terms that cancel in it, and rows over their sizes.
     error: Array
     dual: Array  # ∇ of the barrier's Lagrangian, in units of the objective
-    rounding: Array  # in the gradient, in units of the objective
+    rounding: Array  # in that
     finite: Array
 
 
@@ -132,7 +132,7 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     # against the costates that the step led to: those answer by feedback.
     multipliers = layout.rows(state.nu)
     first = first_order(expanded, multipliers)
-    own = (inside & (s.filter.most > 0)) | (finishing & ~s.fresh)
+    own = inside | (finishing & ~s.fresh)
     costate = lanes.select(own, at.costate, first.costate)
     H, H_final = hessians(problem, data.theta, x, u, expanded, costate, multipliers)
     pull = jax.vmap(lanes.matvec_t)
@@ -169,7 +169,11 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     # The same with the multipliers of the bounds, in units of the objective.
     upper, lower = layout.bounds(nu)
     of_u = jnp.max(jnp.where(low < high, jnp.abs(gradient + upper - lower), 0), axis=0)
-    dual = jnp.maximum(jnp.max(residual_x * size_x, axis=0), jnp.max(of_u * size_u, axis=0))
+
+    def most(force, size):
+        return jnp.max(force * size, axis=0)
+
+    dual = jnp.maximum(most(residual_x, size_x), most(of_u, size_u))
     return Local(
         expanded=expanded,
         first=first,
@@ -188,6 +192,6 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         clamped=held,
         error=error,
         dual=dual,
-        rounding=lanes.eps(x) * jnp.max(terms_u * size_u, axis=0),
+        rounding=lanes.eps(x) * jnp.maximum(most(terms_u, size_u), most(terms_x, size_x)),
         finite=finite,
     )

@@ -456,6 +456,9 @@ def record(
     pairs_new = pairs_new._replace(nu=jnp.where(judged.restarts, 0, pairs_new.nu))
     share = jnp.where(inside, found.alpha, 1)
     costate = here.costate + share * (step.direction.costate - here.costate)
+    # Those of the rollout may be beyond all measure; a restoration has its own.
+    costate = jnp.where(probing & ~here.warm, step.estimate, costate)
+    costate = jnp.where(to_restore, 0, jnp.where(restored, s.kept.costate, costate))
     after = Trajectory(found.x, found.u, costate, pairs_new, found.values)
     after = lanes.select(finishing & ~judged.goes_on, at, after)
     after = lanes.select(judged.fails, s.kept, after)

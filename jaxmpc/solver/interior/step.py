@@ -38,6 +38,7 @@ class Step(NamedTuple):
     definite: Array  # the exact Hessian is positive definite
     convex: Array  # another one stood in
     measures: Measures
+    estimate: Array  # [T+1, n], costates of the plan without rows, where problems are measured
 
 
 def propose(
@@ -77,7 +78,7 @@ def propose(
         return eliminated, slopes, jnp.where(on_set, weights, eliminated.weight)
 
     def recursion(carry):
-        kind, direction, definite, convex, measures = carry
+        kind, direction, definite, convex, measures, estimate = carry
         _, slopes, weights = rows_with(measures.hold)
         off = (kind == _MEASURE) & (sides.row | probing)
         slopes, weights = jnp.where(off, 0, slopes), jnp.where(off, 0, weights)
@@ -112,16 +113,20 @@ def propose(
             lambda: lanes.select(measuring, _measured(s, here, layout, d), measures),
             lambda: measures,
         )
+        estimate = jnp.where(kind == _MEASURE, d.costate, estimate)
         takes = (kind == _EXACT) | ((kind == _CONVEX) & convex)
         direction = lanes.select(takes, d, direction)
         more = (kind == _EXACT) & ~jnp.any(convex)
-        return jnp.where(more, _DONE, kind + 1), direction, definite, convex, measures
+        kind = jnp.where(more, _DONE, kind + 1)
+        return kind, direction, definite, convex, measures, estimate
 
     kind = jnp.where(jnp.any(measuring), _MEASURE, _EXACT)
     no = jnp.zeros(stands.shape, bool)
     # One recursion after the other in a loop, so that its program is there once.
-    _, direction, definite, convex, measures = lax.while_loop(
-        lambda carry: carry[0] < _DONE, recursion, (kind, nowhere(x, u), no, no, s.measures)
+    _, direction, definite, convex, measures, estimate = lax.while_loop(
+        lambda carry: carry[0] < _DONE,
+        recursion,
+        (kind, nowhere(x, u), no, no, s.measures, jnp.zeros_like(x)),
     )
     eliminated, slopes, weights = rows_with(measures.hold)
     moves = layout.along(expanded.G, direction.dx, direction.du)
@@ -143,6 +148,7 @@ def propose(
         definite=definite,
         convex=convex,
         measures=measures,
+        estimate=estimate,
     )
 
 
