@@ -32,7 +32,9 @@ class Status(enum.IntEnum):
       tolerance · Σ_j |G_ij| |z_j|, its own size, with G its Jacobian and |z_j| the largest that
       this state or control gets along the plan; and ∇_u of the Lagrangian is, of each control, at
       most tolerance times the largest of the terms that cancel in it (cost, rows, dynamics), or,
-      where these are nearly 0, times a thousandth of what moving it by its size had to gain.
+      where these are nearly 0, times a thousandth of what moving it by its size had to gain. The
+      costates are those of the last step, which answer by feedback: what an unstable plant makes
+      of rounding does not count.
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, or with ``Constraints`` none leads on, yet the
       residual is above the tolerance.
@@ -43,9 +45,9 @@ class Status(enum.IntEnum):
     * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere; or no small change of the
       controls lessens the violation of the constraints. Where the search finds no way on, it
       minimises that alone: the sum of squares of the hard rows' violations, each relative to its
-      row's size. If that comes to rest above the tolerance, the plan is the least violating one
-      nearby and ``Solution.violation`` says by how much: no proof that there is no feasible plan
-      elsewhere.
+      row's size. If that comes to rest above the tolerance, the search begins once more, with the
+      states held at x_init; if it does so again, the plan is the least violating one nearby and
+      ``Solution.violation`` says by how much: no proof that there is no feasible plan elsewhere.
     """
 
     CONVERGED = 0
