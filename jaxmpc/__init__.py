@@ -9,14 +9,17 @@ from jaxmpc.ilqr import ilqr_box
 from jaxmpc.lqr import lqr_solve
 from jaxmpc.mpc import mpc_solve
 from jaxmpc.problem.matrices import Affine, Quadratic
+from jaxmpc.record import plot_record
 from jaxmpc.summary import summarize
 from jaxmpc.types import (
+    Action,
     Constraints,
     Episode,
     LQRSolution,
     Multipliers,
     Options,
     Rate,
+    Record,
     Slack,
     Solution,
     Status,
@@ -25,6 +28,7 @@ from jaxmpc.types import (
 from jaxmpc.unrolled import ilqr_unrolled
 
 __all__ = [
+    "Action",
     "Affine",
     "Certificate",
     "Constraints",
@@ -35,6 +39,7 @@ __all__ = [
     "Options",
     "Quadratic",
     "Rate",
+    "Record",
     "Slack",
     "Solution",
     "Status",
@@ -45,6 +50,7 @@ __all__ = [
     "ilqr_unrolled",
     "lqr_solve",
     "mpc_solve",
+    "plot_record",
     "receding_horizon",
     "summarize",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmpc.record import lines_of
 from jaxmpc.types import Solution, Status
 
 _ADVICE = {
@@ -28,12 +29,12 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
     constraints are violated, at which stage most and in how many problems (hard ones past what a
     plan that converged leaves, soft ones too); the share of clamped controls per control dimension;
     and which problems to look at first: those that did not converge, then those that took the most
-    iterations.
+    iterations. Of one problem with a ``Record``, the last iterations.
 
     Args:
       solution: what ``mpc_solve``, ``ilqr_box`` or ``ilqr_unrolled`` returned, with any leading
         batch axes; concrete, so outside of ``jit``.
-      show: how many problems, and how many constraints, to list.
+      show: how many problems, constraints or iterations to list.
 
     Raises:
       TypeError: ``solution`` is not a ``Solution``, or is traced.
@@ -100,6 +101,9 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
     clamped = 1 - np.asarray(solution.free, float).reshape(-1, m).mean(axis=0)
     shares = "  ".join(f"u[{i}] {100 * share:.1f} %" for i, share in enumerate(clamped))
     lines.append(f"  {'clamped':<15}{shares}")
+    if solution.record is not None and total == 1:
+        record = jax.tree.map(lambda a: np.reshape(a, np.shape(a)[-1:]), solution.record)
+        lines += lines_of(record, show)
 
     if total > 1:
         # lexsort: the last key counts most; NaN residuals sort as the largest.

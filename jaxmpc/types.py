@@ -46,8 +46,8 @@ class Status(enum.IntEnum):
       controls lessens the violation of the constraints. Where the search finds no way on, it
       minimises that alone: the sum of squares of the hard rows' violations, each relative to its
       row's size. If that comes to rest above the tolerance, the search begins once more, with the
-      states held at x_init; if it does so again, the plan is the least violating one nearby and
-      ``Solution.violation`` says by how much: no proof that there is no feasible plan elsewhere.
+      states held at x_init; if that finds no plan either, the less violating one of the two is
+      returned and ``Solution.violation`` says by how much: no proof that there is none elsewhere.
     """
 
     CONVERGED = 0
@@ -95,6 +95,8 @@ class Options:
       riccati: how the linear system of the backward pass of ``mpc_solve`` is solved: "sequential"
         (stage by stage), "parallel" (O(log T) steps, for long horizons on wide hardware) or
         "auto", which is sequential at present. See ``method`` of ``lqr_solve``.
+      record: how many iterations to record, a Python int; 0, the default, costs nothing. See
+        ``Record``; ``summarize`` lists it, and ``plot_record`` draws it.
       derivative: the rule that ``mpc_solve`` gives its solution: "vjp", a ``jax.custom_vjp``, for
         reverse mode alone; or "jvp", for forward mode too (``jax.jvp``, ``jacfwd``, ``linearize``,
         ``hessian``), where a tangent is one linear solve with the stored factors: the whole
@@ -130,6 +132,7 @@ class Options:
         default="zero", metadata=dict(static=True)
     )
     riccati: RiccatiMethod = dataclasses.field(default="auto", metadata=dict(static=True))
+    record: int = dataclasses.field(default=0, metadata=dict(static=True))
     derivative: DerivativeRule = dataclasses.field(default="vjp", metadata=dict(static=True))
 
 
@@ -309,6 +312,48 @@ class LQRSolution:
     status: Array  # a ``Status``, as int32: CONVERGED, INDEFINITE or NONFINITE
 
 
+class Action(enum.IntEnum):
+    """What one iteration of a search was for: see ``Record``."""
+
+    STOP = 0  # the last evaluation, without a step
+    NEWTON = 1  # a step with the exact Hessian
+    CONVEX = 2  # one with ∇²cost, for the exact Hessian is not convex at every stage
+    ESCAPE = 3  # away from a saddle, along negative curvature
+    BACK = 4  # the last step was for the worse: back to where it led from
+    # With constraints.
+    MEASURE = 5  # of the problem's sizes
+    BARRIER = 6  # a step of the interior-point method
+    RESTORE = 7  # one that lessens the violation alone
+    FINISH = 8  # one of Newton's method on the active set
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a search did: the first ``Options.record`` iterations, of the point that each began with
+    and the step that it took. Behind the last one the floats are NaN.
+
+    Attributes:
+      objective: [N], without the price of slack.
+      residual: [N], the KKT residual, as ``Solution.kkt_residual``.
+      violation: [N], of hard constraints and, on the way, of the dynamics: the largest.
+      step: [N], the share of the step that was taken; 0: none was good enough.
+      regularization: [N], the multiple of the curvature that was added to Q_uu.
+      barrier: [N], τ; 0 without constraints.
+      active: [N] int32, clamped controls and active constraints.
+      action: [N] int32, an ``Action`` each.
+    """
+
+    objective: Array
+    residual: Array
+    violation: Array
+    step: Array
+    regularization: Array
+    barrier: Array
+    active: Array
+    action: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solution:
@@ -335,6 +380,8 @@ class Solution:
       initial_violation: the largest violation, at the first stage, of the hard constraints that say
         something of x_init alone. No plan can lessen it, and it counts for nothing else: see
         ``Constraints``.
+      record: of the iterations, a ``Record``, with ``Options.record``; else None. A constant to
+        differentiation.
 
     With ``Constraints``, the objective includes the prices of slack and rate, and kkt_residual is
     that of the Lagrangian or the distance from feasibility and complementarity, whichever is
@@ -356,6 +403,7 @@ class Solution:
     violation: Any = None  # Array
     violations: Any = None  # Violations
     initial_violation: Any = None  # Array
+    record: Any = None  # Record
 
 
 @jax.tree_util.register_dataclass

@@ -292,6 +292,7 @@ def check_options(options: Any) -> None:
         raise TypeError(f"options must be a jaxmpc.Options, got {type(options).__name__}")
     for name, choices in _CHOICES.items():
         check_choice(f"options.{name}", getattr(options, name), choices)
+    check_count("options.record", options.record, least=0)
     checks: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
         tolerance=("positive", lambda v: v > 0),
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),

@@ -14,14 +14,24 @@ from jax import Array, lax
 from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import expand, hessians
 from jaxmpc.problem.problem import Data, Problem
-from jaxmpc.solver.assessment import all_finite, assess, tolerances
+from jaxmpc.riccati.pivots import definite_threshold
+from jaxmpc.riccati.sequential import Factors
+from jaxmpc.solver.assessment import Assessment, all_finite, assess, tolerances
 from jaxmpc.solver.escape import along_negative_curvature
 from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
-from jaxmpc.solver.judgement import CROSSED, RUNNING, conclude, judge, status
-from jaxmpc.solver.line_search import line_search
+from jaxmpc.solver.judgement import (
+    CROSSED,
+    RUNNING,
+    Judgement,
+    Verdict,
+    conclude,
+    judge,
+    status,
+)
+from jaxmpc.solver.line_search import Length, line_search
 from jaxmpc.solver.linearization import Evaluation, Linearization, evaluation, no_evaluation
 from jaxmpc.solver.propose import propose
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Action, Options, Record, Solution, Status
 
 # Relative to the curvature: where it begins once a step has failed, and what counts as none at all.
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
@@ -61,7 +71,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
     )
 
 
-def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
+def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Search, Record]:
     """Evaluate the iterate of every running problem; stop there, or move on."""
     dtype = data.x_init.dtype
     tolerance, goal = tolerances(options, dtype)
@@ -125,7 +135,36 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> Search:
     # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
     # point that stays: their evaluation comes out the same again, and the largest arrays need no
     # selection.
-    return lanes.select(running, after, s._replace(evaluation=after.evaluation))
+    after = lanes.select(running, after, s._replace(evaluation=after.evaluation))
+    return after, _entry(s, after, here, judged, verdict, factors, moves, length)
+
+
+def _entry(
+    s: Search,
+    after: Search,
+    here: Assessment,
+    judged: Judgement,
+    verdict: Verdict,
+    factors: Factors,
+    moves: Array,
+    length: Length,
+) -> Record:
+    """What a trip did."""
+    none = jnp.zeros_like(s.regularization)
+    convex = lanes.every(factors.curvature > definite_threshold(none.dtype))
+    action = jnp.where(convex, Action.NEWTON, Action.CONVEX)
+    action = jnp.where(verdict.escape, Action.ESCAPE, action)
+    action = jnp.where(judged.back, Action.BACK, action)
+    return Record(
+        objective=jnp.sum(s.at.costs, axis=0),
+        residual=here.kkt_residual,
+        violation=none,
+        step=jnp.where(moves, length.alpha, 0),
+        regularization=s.regularization,
+        barrier=none,
+        active=jnp.sum(here.clamped, axis=(0, 1)),
+        action=jnp.where(verdict.stop & ~judged.back, Action.STOP, action),
+    )
 
 
 def report(data: Data, end: Search) -> tuple[Solution, Linearization]:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
@@ -20,6 +20,7 @@ from jaxmpc.solver import box
 from jaxmpc.solver.interior import method as interior
 from jaxmpc.solver.judgement import RUNNING
 from jaxmpc.solver.linearization import Linearization
+from jaxmpc.solver.recorder import recorder, written
 from jaxmpc.types import Options, Solution
 
 
@@ -27,26 +28,53 @@ def _method(problem: Problem) -> ModuleType:
     """The module whose ``start``, ``trip`` and ``report`` solve it.
 
     Their states have a ``status``; from the start it is that of problems that do not run, unless
-    they are ``wanted``.
+    they are ``wanted``. A trip returns the next state, and a ``Record`` of itself.
     """
     return interior if problem.constrained else box
+
+
+class _Loop:
+    """The loop of a problem: its state is that of the method, with a record if there is one."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self.method = problem, _method(problem)
+
+    def start(self, data: Data, options: Options, wanted: Array):
+        state = self.method.start(self.problem, data, options, wanted)
+        return state, recorder(options.record, jnp.zeros(wanted.shape, data.x_init.dtype))
+
+    def running(self, carry) -> Array:
+        state, _ = carry
+        return state.status == RUNNING
+
+    def trip(self, data: Data, options: Options, carry):
+        state, record = carry
+        after, entry = self.method.trip(self.problem, data, options, state)
+        return after, written(record, entry, state.status == RUNNING)
+
+    def report(self, data: Data, carry) -> tuple[Solution, Linearization]:
+        state, record = carry
+        solution, linearization = self.method.report(data, state)
+        if record is not None:
+            solution = dataclasses.replace(solution, record=record.entries)
+        return solution, linearization
 
 
 @lanes.any_rank
 def forward(problem: Problem, data: Data, options: Options) -> tuple[Solution, Linearization]:
     """Solve one problem, or a batch; the linearization is that at the returned point."""
-    method = _method(problem)
+    loop = _Loop(problem)
     end = lax.while_loop(
-        lambda s: jnp.any(s.status == RUNNING),
-        lambda s: method.trip(problem, data, options, s),
-        method.start(problem, data, options, jnp.ones(data.x_init.shape[1:], bool)),
+        lambda carry: jnp.any(loop.running(carry)),
+        lambda carry: loop.trip(data, options, carry),
+        loop.start(data, options, jnp.ones(data.x_init.shape[1:], bool)),
     )
-    return method.report(data, end)
+    return loop.report(data, end)
 
 
 def solver(problem: Problem):
     """``forward`` of ``problem``; under ``vmap`` the whole batch at once, on lanes."""
-    method = _method(problem)
+    loop = _Loop(problem)
 
     @lanes.any_rank
     def many(size, batched, *problems):
@@ -80,10 +108,10 @@ def solver(problem: Problem):
                 size,
                 width,
                 take,
-                start=lambda problems, wanted: method.start(problem, *problems, wanted),
-                step=lambda problems, s: method.trip(problem, *problems, s),
-                running=lambda s: s.status == RUNNING,
-                report=lambda problems, s: method.report(problems[0], s),
+                start=lambda problems, wanted: loop.start(*problems, wanted),
+                step=lambda problems, carry: loop.trip(*problems, carry),
+                running=loop.running,
+                report=lambda problems, carry: loop.report(problems[0], carry),
             )
 
         return lanes.of_width(on_lanes, size, num**2 * x_init.dtype.itemsize, *problems)

@@ -36,7 +36,7 @@ from jaxmpc.solver.interior.state import (
 from jaxmpc.solver.interior.step import Step, propose
 from jaxmpc.solver.judgement import CROSSED, RUNNING
 from jaxmpc.solver.linearization import Evaluation, Linearization, no_evaluation
-from jaxmpc.types import Options, Solution, Status
+from jaxmpc.types import Action, Options, Record, Solution, Status
 
 _PUSH = 1e-2  # how far from its boundary a distance begins, relative to its scale
 _SOLVED = 10.0  # the problem of τ counts as solved at an error of so many τ,
@@ -96,6 +96,8 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Carr
         mirror=no,
         anew=no,
         second=no,
+        rested=jnp.zeros_like(u),
+        rested_off=one * jnp.inf,
         leaving=no,
         last=no,
         infeasible=no,
@@ -127,7 +129,7 @@ def _first(problem: Problem, data: Data, u: Array) -> tuple[Array, Values]:
     return lanes.select(usable, (rolled, of_rolled), (held, of_held))
 
 
-def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> Carry:
+def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> tuple[Carry, Record]:
     """Evaluate the trajectory, judge it, and step from it."""
     s: Search = carry.search.unpack()
     layout, running = layout_of(s.at.values.g, s.at.u), carry.status == RUNNING
@@ -142,7 +144,8 @@ def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> Carry:
     new = Carry(status, pack(after, running.ndim), evaluation)
     # The others wait for the last problem of the batch, at a point that stays: their evaluation
     # comes out the same again, and the largest arrays need no selection.
-    return lanes.select(running, new, carry._replace(evaluation=evaluation))
+    after = lanes.select(running, new, carry._replace(evaluation=evaluation))
+    return after, _entry(s, here, judged, evaluation, found, status)
 
 
 class Judgement(NamedTuple):
@@ -275,7 +278,11 @@ def search(
         reached = jnp.where(stays, x, x + dx)
         pinned = (finishing | here.warm) & here.clamped
         target = jnp.where(stays, u, jnp.where(pinned, step.bound, u + du))
-        K = jnp.where(here.finite, step.direction.factors.K, 0)
+        # The less violating of two plans, or the one where a second search found none.
+        back = stays & jnp.isfinite(s.rested_off)
+        back &= ~(s.infeasible & (violation_of(here) <= s.rested_off))
+        target = jnp.where(back, s.rested, target)
+        K = jnp.where(here.finite & ~back, step.direction.factors.K, 0)
 
         def advance(x_new, now):
             u, x, K, low, high, t = now
@@ -305,9 +312,9 @@ def search(
 
     def candidate(x, u, pairs, values) -> Candidate:
         g = layout.rows_alone(values.g)
-        off = jnp.abs(barrier.missed(sides, pairs, g)) * prices.rows
+        miss = jnp.abs(barrier.missed(sides, pairs, g)) * prices.rows
         theta = jnp.sum(jnp.abs(values.gaps) * prices.gaps, axis=(0, 1))
-        theta += jnp.sum(jnp.where(judged.counts, off, 0), axis=0)
+        theta += jnp.sum(jnp.where(judged.counts, miss, 0), axis=0)
         near, near_x = here.near
         away = jnp.sum(near * (z_of(x, u) - z_of(s.kept.x, s.kept.u)) ** 2, axis=(0, 1))
         away += jnp.sum(near_x * (x[-1] - s.kept.x[-1]) ** 2, axis=0)
@@ -406,7 +413,8 @@ def record(
     # At rest to the last digits, or to some where there are no more.
     exact = (s.tau * T <= tolerance * cost) & (here.dual <= _AT_REST * cost)
     rests = exact | ((judged.floored | gives_up) & (here.dual <= _NEARLY_AT_REST * cost))
-    rests &= restoring & (jnp.max(violation / here.sizes.some, axis=0) > tolerance)
+    off = violation_of(here)
+    rests &= restoring & (off > tolerance)
     # A least violation near the rollout need not be one near x_init.
     anew = rests & ~s.second & ~judged.restarts
     infeasible = s.infeasible | (rests & s.second)
@@ -514,12 +522,44 @@ def record(
         mirror=s.mirror ^ (inside & step.convex & ~judged.measures & (found.alpha < _SHORT)),
         anew=anew,
         second=s.second | judged.restarts,
+        rested=jnp.where(anew, at.u, s.rested),
+        rested_off=jnp.where(anew, off, s.rested_off),
         leaving=s.leaving | leaving,
         last=s.last | leaves,
         infeasible=infeasible,
         restarts=s.restarts + jnp.where(raises, 1, 0),
         iterations=s.iterations + jnp.where(counts, 1, 0),
     ), status
+
+
+def _entry(
+    s: Search, here: Local, judged: Judgement, evaluation: Evaluation, found: Found, status: Array
+) -> Record:
+    """What a trip did."""
+    values = s.at.values
+    action = jnp.where(here.warm, Action.FINISH, Action.MEASURE)
+    for mode, name in (
+        (INTERIOR, Action.BARRIER), (RESTORE, Action.RESTORE), (FINISH, Action.FINISH)
+    ):  # fmt: skip
+        action = jnp.where(s.mode == mode, name, action)
+    # A finish that fails goes back to where it began.
+    action = jnp.where(judged.fails, Action.BACK, action)
+    gaps = jnp.max(jnp.abs(values.gaps), axis=(0, 1))
+    return Record(
+        objective=jnp.sum(values.costs, axis=0),
+        residual=evaluation.kkt_residual,
+        violation=jnp.maximum(evaluation.violation, gaps),
+        step=jnp.where(found.accepted, jnp.minimum(found.alpha, 1), 0),
+        regularization=s.regularization,
+        barrier=s.tau,
+        active=jnp.sum(here.clamped, axis=(0, 1)) + jnp.sum(here.state.active, axis=0),
+        action=jnp.where(status == RUNNING, action, Action.STOP),
+    )
+
+
+def violation_of(here: Local) -> Array:
+    """The largest of a hard row, over its size."""
+    return jnp.max(active_set.violation(here.plain, here.g) / here.sizes.some, axis=0)
 
 
 def _status(s: Search, here: Local, judged: Judgement, definite: Array) -> Array:
@@ -530,7 +570,7 @@ def _status(s: Search, here: Local, judged: Judgement, definite: Array) -> Array
     }
     failures = {
         Status.NONFINITE: ~here.finite,
-        Status.INFEASIBLE: s.infeasible,
+        Status.INFEASIBLE: s.infeasible | jnp.isfinite(s.rested_off),
         Status.MAX_ITERATIONS: judged.out_of_time,
         Status.STALLED: judged.ends,
     }

@@ -81,6 +81,8 @@ class Search(NamedTuple):
     mirror: Array  # what replaces an indefinite Hessian: its own convex part, or that of the cost
     anew: Array  # begin again, with every state at x_init
     second: Array  # that has been done
+    rested: Array  # [T, m], the controls of a least violation that was found before,
+    rested_off: Array  # and how large that is, over the rows' sizes; inf: there is none
     leaving: Array  # nothing is left to try: go to a rollout,
     last: Array  # and evaluate it, and stop
     infeasible: Array
