@@ -25,10 +25,15 @@ TerminalConstraint = Callable[[Array, Any], Array]
 class Status(enum.IntEnum):
     """How one problem ended. In a batch, ``solution.status`` holds one per problem.
 
-    * ``CONVERGED``: ``kkt_residual`` ≤ tolerance · max(1, |∇_u cost|_∞, |B_tᵀ λ_{t+1}|_∞), the
-      terms that cancel at a solution, and the curvature on the free controls is positive: a
-      strict local minimum. (Where these terms are far below 1 the test is absolute: give such a
-      cost a larger unit.) With ``Constraints`` nothing depends on units: each row holds to
+    * ``CONVERGED``: ∇_u J on the controls that no bound holds is at most tolerance times the size
+      of the terms that cancel in it, or as small as rounding lets anyone see; and the curvature on
+      the free controls is positive: a strict local minimum. The terms are |∇_u cost|, or
+      |∇²_u cost| |u| where that is more, and |B|ᵀ (|∇_x cost| + |A|ᵀ |λ|), A and B the Jacobians of
+      the dynamics and λ the costates, the largest along the plan: the cost may have any unit. What
+      rounding changes in ∇_u J is sampled (see ``Solution.kkt_residual``), and counts while it
+      leaves half of the tolerance's digits. Where all of that vanishes, at rest, a residual counts
+      for nothing whose square, over ∇²_u cost, is below the square of rounding in the objective.
+      With ``Constraints`` nothing depends on units: each row holds to
       tolerance · Σ_j |G_ij| |z_j|, its own size, with G its Jacobian and |z_j| the largest that
       this state or control gets along the plan; and ∇_u of the Lagrangian is, of each control, at
       most tolerance times the largest of the terms that cancel in it (cost, rows, dynamics), or,
@@ -368,7 +373,10 @@ class Solution:
       free: [T, m] bool, the controls that are not clamped: a control is clamped where it is at a
         bound that the descent direction −∇_u J points out of, and where its bounds are equal.
       objective: the total cost.
-      kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|, the projected gradient.
+      kkt_residual: max |clip(u − ∇_u J, u_lower, u_upper) − u|, the projected gradient; or, where
+        that is more, the size of rounding in it: what one rounding of every state, control and
+        costate does to ∇_u J on the free controls, by way of the whole trajectory. On unstable
+        plants that is far above the digits of the dtype, however good the plan.
       iterations: the number of accepted and rejected steps that were tried. With ``Constraints``
         the measurement at the start counts, and so does every step of a restoration and a finish;
         the lengths of one step do not.

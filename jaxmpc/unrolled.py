@@ -110,7 +110,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))
         step = Step(target, jnp.zeros_like(target), factors.K, slope, bend)
         constant = lax.stop_gradient((data, at, step))
-        noise = lax.stop_gradient(rounding(at, first.costate))
+        noise = lax.stop_gradient(rounding(at, first.costate, expanded))
         _, length = line_search(problem, *constant, no, yes, noise, decay)
         alpha = jnp.where(length.accepted, length.alpha, 0)
         return take_step(problem, data, at, step, alpha), None
@@ -121,7 +121,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
     end = assess(data, at, expanded, none)
     costate = end.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, none)
-    small = end.relative <= tolerances(options, dtype)[0]
+    small = end.residual <= tolerances(options, dtype)[0] * end.size
     factors = factorize(H, expanded.F, H_final, ~end.clamped)
     definite = jnp.all(factors.curvature > definite_threshold(dtype))
     status = jnp.select(

@@ -85,7 +85,10 @@ def derivatives(model):
         ((Huu, Hux), _), _ = jax.hessian(J, (0, 1), has_aux=True)(u, still)
         stage_gradient = jax.vmap(jax.grad(model.cost, 1), (0, 0, 0, None))
         of_cost = stage_gradient(x[:-1], u, jnp.arange(T, dtype=jnp.int32), params)
-        return objective, x, costate, gradient, of_cost, Huu, Hux
+        bends = jax.vmap(jax.hessian(model.cost, 1), (0, 0, 0, None))
+        price = jnp.abs(bends(x[:-1], u, jnp.arange(T, dtype=jnp.int32), params))
+        price = jnp.einsum("tij,tj->ti", price, jnp.abs(u))
+        return objective, x, costate, gradient, of_cost, price, Huu, Hux
 
     return jax.jit(jax.vmap(one))
 
@@ -95,7 +98,7 @@ def facts(model, inputs, u):
     # The linear algebra is NumPy's: two batched LAPACK calls in one XLA program can block
     # each other for ever where there are few cores.
     arrays = jax.tree.map(np.asarray, derivatives(model)(inputs, u))
-    objective, x, costate, gradient, of_cost, Huu, Hux = arrays
+    objective, x, costate, gradient, of_cost, price, Huu, Hux = arrays
     lower, upper = np.asarray(inputs.lower), np.asarray(inputs.upper)
     B, T, m = u.shape
     ends = ((u == lower) & (gradient > 0)) | ((u == upper) & (gradient < 0))
@@ -122,7 +125,7 @@ def facts(model, inputs, u):
         free=free,
         objective=objective,
         kkt_residual=largest(np.clip(u - gradient, lower, upper) - u),
-        terms=np.maximum(largest(of_cost), largest(gradient - of_cost)),
+        terms=np.maximum(np.maximum(largest(of_cost), largest(price)), largest(gradient - of_cost)),
         curvature=np.linalg.eigvalsh(on(free))[:, 0],
     )
 

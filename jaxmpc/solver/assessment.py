@@ -13,6 +13,7 @@ from jaxmpc.problem.problem import Data
 from jaxmpc.riccati.point import Rows
 from jaxmpc.solver.box_qp import clamped
 from jaxmpc.solver.iterate import Iterate
+from jaxmpc.solver.rounding import hidden
 from jaxmpc.types import Options
 
 
@@ -24,7 +25,8 @@ class Assessment(NamedTuple):
     clamped: Array  # [T, m], the controls that a bound holds against the gradient
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
-    relative: Array  # that, over the terms that cancel in it
+    size: Array  # of the terms that cancel in it
+    rest: Array  # what gains nothing: a square of it over the curvature is lost in the objective
     finite: Array
 
 
@@ -37,7 +39,18 @@ def assess(data: Data, at: Iterate, expanded: Expansion, multipliers: Rows) -> A
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
     # gradient has to vanish. Hence every clamped control ends exactly on its bound.
     residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
-    terms = jnp.maximum(jnp.abs(first.control_cost), jnp.abs(first.control_pull))
+    # What cancels in the gradient, and in the costates before. At rest all that may vanish; then it
+    # is what the controls would pay, be they a rounding of those that the search began with.
+    n, pull = at.x.shape[1], jax.vmap(lanes.matvec_t)
+    size_F, size_c = jnp.abs(expanded.F), jnp.abs(first.c)
+    of_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
+    of_costate = jnp.concatenate([of_costate[1:], jnp.abs(first.costate[-1:])])
+    size_u = jnp.maximum(jnp.abs(u), lanes.eps(u) * jnp.abs(data.u_init))
+    price = jax.vmap(lanes.matvec)(jnp.abs(expanded.C[:, n:, n:]), size_u)
+    terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costate)
+    size = jnp.max(terms, axis=(0, 1))
+    curvature = jnp.max(jnp.abs(jax.vmap(lanes.diagonal)(expanded.C[:, n:, n:])), axis=(0, 1))
+    rest = 4 * lanes.eps(u) * jnp.sqrt(curvature) * jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
     # What is not finite in F, c or G makes the gradients so, be it multiplied by 0.
     shown = (at.x, at.costs, first.costate, gradient)
@@ -47,9 +60,21 @@ def assess(data: Data, at: Iterate, expanded: Expansion, multipliers: Rows) -> A
         clamped=held,
         kkt_residual=projected,
         residual=residual,
-        relative=residual / jnp.maximum(1, jnp.max(terms, axis=(0, 1))),
+        size=size,
+        rest=rest,
         finite=all_finite(shown, residual.ndim),
     )
+
+
+def noise_of(
+    at: Iterate, here: Assessment, H: Array, F: Array, H_final: Array, tolerance: Array
+) -> Array:
+    """The size of rounding in the residual; 0 where that leaves fewer than half of the digits of
+    the tolerance."""
+    noise, terms = hidden(at.x, at.u, here.first.costate, here.gradient, H, F, H_final)
+    noise = jnp.max(jnp.where(here.clamped, 0, noise), axis=(0, 1))
+    holds = noise <= tolerance**0.5 * jnp.max(terms, axis=(0, 1))
+    return jnp.where(holds, noise, 0)
 
 
 def all_finite(tree, batch_axes: int) -> Array:

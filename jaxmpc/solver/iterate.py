@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.batch import lanes
-from jaxmpc.problem.expansions import rollout, stage_costs
+from jaxmpc.problem.expansions import Expansion, rollout, stage_costs
 from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.riccati.point import z_of
 
 
 class Iterate(NamedTuple):
@@ -24,8 +26,21 @@ def new_iterate(problem: Problem, data: Data, u: Array) -> Iterate:
     return Iterate(u, x, stage_costs(problem, data.theta, x, u))
 
 
-def rounding(at: Iterate, costate: Array) -> Array:
-    """The size of rounding in the objective: that of the costs, and that of each state, which the
-    costates amplify."""
-    costs, states = jnp.abs(at.costs), jnp.abs(costate * at.x)
-    return lanes.eps(costs) * (4 * jnp.sum(costs, axis=0) + jnp.sum(states, axis=(0, 1)))
+def rounding(at: Iterate, costate: Array, expanded: Expansion) -> Array:
+    """The size of rounding in the objective: that of the costs, and that of the terms which each
+    state is summed from, which the costates amplify, and at a minimum of the cost its curvature.
+    The signs are random, so the squares add up."""
+    n, eps = at.x.shape[1], lanes.eps(at.x)
+    terms = jax.vmap(lanes.matvec)(jnp.abs(expanded.F), jnp.abs(z_of(at.x, at.u)))
+    terms = eps * jnp.concatenate([jnp.abs(at.x[:1]), terms])
+    curvature = jax.vmap(lanes.diagonal)(expanded.C[:, :n, :n])
+    curvature = jnp.concatenate([curvature, lanes.diagonal(expanded.C_final)[None]])
+    states = terms * (jnp.abs(costate) + jnp.abs(curvature) * terms)
+    return _norm(4 * eps * at.costs, (0,)) + _norm(states, (0, 1))
+
+
+def _norm(a: Array, axes: tuple[int, ...]) -> Array:
+    """√Σ a², of entries whose squares may be out of range."""
+    largest = jnp.max(jnp.abs(a), axis=axes)
+    some = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum((a / some) ** 2, axis=axes))

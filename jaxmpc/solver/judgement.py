@@ -16,6 +16,8 @@ from jaxmpc.types import Status
 
 RUNNING = -1  # the status of a problem that goes on
 CROSSED = -2  # of one whose bounds exclude each other, from the start
+# A residual of so many samples of rounding is most likely rounding; of so many it may be.
+_HIDDEN, _ROUNDINGS = 0.5, 4.0
 
 
 class Judgement(NamedTuple):
@@ -41,11 +43,14 @@ def judge(
     out_of_time: Array,
     tolerance: Array,
     goal: Array,
+    noise: Array,
 ) -> Judgement:
     """Of an iterate that was reached by a ``noisy`` step if the objective changed by rounding only;
-    with ``finish`` nothing is left to try."""
-    small = here.finite & (here.relative <= tolerance)
-    there = small & (here.relative <= goal)
+    with ``finish`` nothing is left to try; ``noise`` is the size of rounding in the residual."""
+    within = jnp.maximum(here.rest, _HIDDEN * noise)
+    there = here.finite & (here.residual <= jnp.maximum(goal * here.size, within))
+    within = jnp.maximum(here.rest, _ROUNDINGS * noise)
+    small = here.finite & (here.residual <= jnp.maximum(tolerance * here.size, within))
     # A step that changed the objective by rounding only has to halve the residual, or there is
     # nothing more to gain on this way; it has to lower it at all to be kept.
     settled = noisy & ~(here.residual < 0.5 * residual_before)

@@ -74,7 +74,11 @@ def line_search(
     decrease = -(step.slope + step.bend)
     drowned = ~escape & (decrease <= noise)
     hopeless = escape | (jnp.abs(decrease) <= lanes.eps(noise) * jnp.sum(jnp.abs(at.costs), axis=0))
-    max_tries = jnp.where(escape, 2 * _MAX_TRIES, _MAX_TRIES)
+    # What cancels inside the user's cost is not in the noise: where less than half of the digits
+    # would change, and no length is seen to help, the residual judges the full step as well.
+    doubtful = ~escape & (decrease <= noise / lanes.eps(noise) ** 0.5)
+    last = jnp.where(doubtful, _MAX_TRIES, -1)
+    max_tries = jnp.where(escape, 2 * _MAX_TRIES, jnp.where(doubtful, _MAX_TRIES + 1, _MAX_TRIES))
 
     def unfinished(carry):
         _, length, tries = carry
@@ -85,12 +89,14 @@ def line_search(
         pair = (tries // 2).astype(noise.dtype)
         both_ways = jnp.where(tries % 2 == 0, decay ** (2 * pair), -(decay ** (2 * pair)))
         alpha = jnp.where(escape, both_ways, decay ** tries.astype(noise.dtype))
+        alpha = jnp.where(tries == last, 1, alpha)
         new = take_step(problem, data, at, step, alpha)
         change = jnp.sum(new.costs - at.costs, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
         falls = jnp.where(escape, change < -noise, enough)
-        noisy = ~falls & drowned & (tries == 0) & (jnp.abs(change) <= noise)
+        noisy = drowned & (tries == 0) & (jnp.abs(change) <= noise)
+        noisy |= (tries == last) & (jnp.abs(change) <= noise / lanes.eps(noise) ** 0.5)
         after = new, Length(falls | noisy, alpha, noisy, hopeless)
         return *lanes.select(unfinished(carry), after, (before, length)), tries + 1
 
