@@ -1,0 +1,1 @@
+"""Random problems, their statuses held against extended precision: ``python -m tests.campaign``."""
