@@ -141,7 +141,9 @@ def receding_horizon(
     def inside(x: Array, u: Array, k: Array, theta: tuple[Any, ...]) -> Any:
         return function.call(theta[0], x, inner(u, *theta[1:]) if theta[1:] else u, k)
 
-    if function.jaxpr is None or not function.jaxpr.effects:  # Effects are to happen once.
+    # Effects are to happen once; and what has no gradient needs no isolation.
+    effects = function.jaxpr is not None and function.jaxpr.effects
+    if not effects and not problem.forward_only:
         blank = jnp.nan if options.unconverged == "nan" else 0.0
         happen = unchecked(isolated(happen, inside, blank, options.derivative))
 
