@@ -122,12 +122,16 @@ def convex_inverse(Q: Array, free: Array, scale: Array, plain: Array) -> tuple[A
 def convex_part(H: Array, sizes: Array) -> Array:
     """H + diag(E), positive definite, for symmetric H [k, k] in variables of the given sizes [k].
 
-    What is definite already stays as it is, and E is of the size of H's negative curvature.
+    What is definite already stays as it is, and E is of the size of H's negative curvature. A
+    variable whose size is not known, 0, gets the one with which it curves as much as the others.
 
     Source: Gill, Murray and Wright 1981, Practical Optimization, 4.4.2.2.
     """
     k = H.shape[0]
-    sizes = jnp.where(sizes > 0, sizes, 1)
+    curvature = jnp.abs(lanes.diagonal(H))
+    most = jnp.max(curvature * sizes**2, axis=0)
+    own = jnp.where(most > 0, most, 1) / jnp.where(curvature > 0, curvature, jnp.inf)
+    sizes = jnp.where(sizes > 0, sizes, jnp.sqrt(own))
     A = H * sizes[:, None] * sizes
     eye = lanes.identity(k, A.ndim - 2)
     largest = jnp.max(jnp.abs(jnp.where(eye, A, 0)), axis=(0, 1))
@@ -149,4 +153,5 @@ def convex_part(H: Array, sizes: Array) -> Array:
         return A - after[:, None] * (after / jnp.where(lifted > 0, lifted, 1)), E
 
     _, E = lax.fori_loop(0, k, eliminate, (A, jnp.zeros_like(A[0])))
-    return H + lanes.diagonal_matrix(jnp.maximum(E, 0) / sizes**2)
+    E = jnp.maximum(E, 0) / jnp.where(sizes > 0, sizes, jnp.inf) ** 2
+    return H + lanes.diagonal_matrix(E)

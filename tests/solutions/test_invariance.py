@@ -65,25 +65,15 @@ LARGE = (
     "unicycle_ring", "swerve_rate", "rocket_vertical",
 )  # fmt: skip
 
-# What is not as it should be: (family, kind) -> what happens.
-DIFFERS = {
-    ("bryson_denham", "controls"): "12 iterations become 19 at a weak control, to the same plan",
-}
-
-
-def marks(name, kind):
-    found = [pytest.mark.xdist_group(name)]
-    if (name, kind) in DIFFERS:
-        reason = DIFFERS[name, kind]
-        found.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
-    return found
-
 
 def cases(families):
     pairs = [(name, kind) for name in families for kind in KINDS]
     return pytest.mark.parametrize(
         "name, kind",
-        [pytest.param(*pair, marks=marks(*pair), id=", ".join(pair)) for pair in pairs],
+        [
+            pytest.param(*pair, marks=pytest.mark.xdist_group(pair[0]), id=", ".join(pair))
+            for pair in pairs
+        ],
     )
 
 
