@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--starts", type=int, default=32)
+    parser.add_argument("--starts", type=int, help="the first so many alone")
     parser.add_argument("--solver", choices=("mpc_solve", "ilqr_box"), default="mpc_solve")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--cache", default=CACHE)

@@ -2,9 +2,9 @@
 
 import fnmatch
 
-from tests.families import flight, linear, mechanisms, process, vehicles
+from tests.families import bounded, flight, linear, mechanisms, process, vehicles
 
-MODULES = (linear, mechanisms, vehicles, flight, process)
+MODULES = (linear, mechanisms, vehicles, flight, process, bounded)
 FAMILIES = {family.name: family for module in MODULES for family in (f() for f in module.FAMILIES)}
 
 

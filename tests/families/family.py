@@ -17,14 +17,28 @@ from jaxmpc import Constraints, Rate, Slack
 NAMES = ("sin", "cos", "tan", "sqrt", "exp", "tanh")
 
 
-def _namespace(module, where):
-    return SimpleNamespace(**{name: getattr(module, name) for name in NAMES}, where=where)
+def _namespace(module, where, affine):
+    functions = {name: getattr(module, name) for name in NAMES}
+    return SimpleNamespace(**functions, where=where, affine=affine)
 
 
-JAX = _namespace(jnp, jnp.where)
-NUMPY = _namespace(np, np.where)
+def _entries(A, b, z):
+    """The entries of A z + b, for matrices of numbers."""
+    return [
+        b + sum(float(a) * z for a, z in zip(row, z, strict=True))
+        for row, b in zip(A, b, strict=True)
+    ]
+
+
+def _products(A, b, z):
+    z = jnp.stack(z)
+    return list(jnp.asarray(A, z.dtype) @ z + jnp.asarray(b, z.dtype))
+
+
+JAX = _namespace(jnp, jnp.where, _products)
+NUMPY = _namespace(np, np.where, _entries)
 # The condition is one on the stage, which CasADi's side knows: a row that is not there is None.
-CASADI = _namespace(ca, lambda condition, a, b: a if condition else b)
+CASADI = _namespace(ca, lambda condition, a, b: a if condition else b, _entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +77,10 @@ class Family:
     rate_limit: object = None
     rate_weight: object = None
     infeasible: bool = False  # by construction: INFEASIBLE is the right answer
+    num_starts: int = 32
 
-    def starts(self, N=32, seed=0):
+    def starts(self, N=None, seed=0):
+        N = self.num_starts if N is None else N
         x, u, p = self.sample(np.random.default_rng(seed), N)
         u = np.broadcast_to(np.asarray(u, float), (N, self.T, self.m))
         p = np.asarray(p, float).reshape(N, -1)

@@ -114,7 +114,7 @@ def fingerprint(family, x_init, u_init, p):
     return digest.hexdigest()[:16]
 
 
-def solved(family, directory, N=32):
+def solved(family, directory, N=None):
     """IPOPT's results for all starts, from the cache where the definition is still the same."""
     starts = family.starts(N)
     mark, path = fingerprint(family, *starts), Path(directory) / f"{family.name}.npz"

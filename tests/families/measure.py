@@ -72,8 +72,8 @@ def ours(family, starts, solver, dtype, options):
     return jax.tree.map(np.asarray, z), built - began, ran - built
 
 
-def reference(family, cache, N=32):
-    """IPOPT's results of the first N starts."""
+def reference(family, cache, N=None):
+    """IPOPT's results of the first N starts, of all by default."""
     return {name: a[:N] for name, a in solved(family, cache).items() if a.ndim}
 
 
