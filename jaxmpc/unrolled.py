@@ -104,7 +104,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
         first = first_order(expanded, none)
         held = clamped(first.control_cost + first.control_pull, u, lower, upper)
         d, free, factors, slope, bend = backward_pass(
-            expanded.C, expanded.F, first.c, expanded.C_final, first.c_final,
+            expanded.C, expanded.F, first.c, expanded.C_final, first.c_final, at.gaps,
             Box(lower - u, upper - u, held), regularization, no, qp=_differentiable_box_qp,
         )  # fmt: skip
         target = jnp.where(free, u + d, jnp.where(d <= lower - u, lower, upper))

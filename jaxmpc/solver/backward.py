@@ -42,13 +42,15 @@ def backward_pass(
     c: Array,
     H_final: Array,
     c_final: Array,
+    gaps: Array,
     box: Box,
     regularization: Array,
     certify: Array,
     *,
     qp: Callable = box_qp,
 ) -> Recursion:
-    """The backward recursion of Algorithm 2 for the change d of the controls, within the box.
+    """The backward recursion of Algorithm 2 for the change d of the controls, within the box, and
+    a change of the states that closes the gaps.
 
     A stage's box QP needs a positive definite Q_uu. Where it is not, the controls that are
     ``clamped`` at the current point stay; where that does not suffice, Q_uu is shifted, and the
@@ -79,10 +81,11 @@ def backward_pass(
         return convex, jnp.where(stay, 0, low), jnp.where(stay, 0, high), curvature
 
     def stage(carry, data):
-        V, v = carry
-        H, F, c, low, high, clamped = data
+        V, v_next = carry
+        H, F, c, gap, low, high, clamped = data
         Q, size = quadratic_form(H, F, V)
-        q = lanes.materialize(lambda c, F, v: c + lanes.matvec_t(F, v), c, F, v)
+        w = lanes.materialize(lambda v, V, gap: v + lanes.matvec(V, gap), v_next, V, gap)
+        q = lanes.materialize(lambda c, F, w: c + lanes.matvec_t(F, w), c, F, w)
         Quu = Q[n:, n:]
         convex, low, high, curvature = lanes.materialize(
             convexify, Quu, low, high, clamped, size[n:]
@@ -93,10 +96,11 @@ def backward_pass(
         Quu_d = lanes.matvec(Quu, d)
         v = q[:n] + lanes.matvec_t(K, q[n:] + Quu_d) + lanes.matvec(Q[:n, n:], d)
         slope, bend = lanes.dot(q[n:], d), lanes.dot(d, Quu_d) * 0.5
+        slope = slope + 0.5 * lanes.dot(v_next + w, gap)
         return (V, v), (d, K, Quu_inv, free, V, curvature, slope, bend)
 
     start = H_final, c_final
-    data = H, F, c, *box
+    data = H, F, c, gaps, *box
     _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
     factors = Factors(K, Quu_inv, jnp.concatenate([V, H_final[None]]), curvature)
     return Recursion(d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0))

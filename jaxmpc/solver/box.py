@@ -2,6 +2,12 @@
 
 A trip evaluates the iterate and judges it; then it stops there, or proposes a step and searches for
 its length. So what a solution reports was computed at the very point that it returns.
+
+An iterate is a rollout, or on the way to one: where the search begins at states of its own, the
+dynamics have gaps, each step closes a share of them, and a full one closes them for good (DDP
+driven by feasibility; Mastalli et al. 2020, Crocoddyl). So it begins where the user guesses the
+states; and where nothing came of its start, such as a rollout of u_init that overflows or leads
+nowhere, it begins again with all states at x_init.
 """
 
 import functools
@@ -18,7 +24,7 @@ from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.sequential import Factors
 from jaxmpc.solver.assessment import Assessment, all_finite, assess, noise_of, tolerances
 from jaxmpc.solver.escape import along_negative_curvature
-from jaxmpc.solver.iterate import Iterate, new_iterate, rounding
+from jaxmpc.solver.iterate import Iterate, new_iterate, rounding, with_gaps
 from jaxmpc.solver.judgement import (
     CROSSED,
     RUNNING,
@@ -49,14 +55,23 @@ class Search(NamedTuple):
     residual_before: Array
     regularization: Array
     noisy: Array  # that step changed the objective by rounding only
-    finish: Array  # nothing is left to try: evaluate the iterate and stop
+    finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
+    again: Array  # begun for the second time
+    fresh: Array  # at states that are no rollout, and not yet evaluated
     iterations: Array
     status: Array
 
 
 def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Search:
     lower, upper = data.u_lower, data.u_upper
-    first = new_iterate(problem, data, jnp.clip(data.u_init, lower, upper))
+    u = jnp.clip(data.u_init, lower, upper)
+    if data.x_guess is None:
+        first = new_iterate(problem, data, u)
+    else:
+        known = jnp.all(jnp.isfinite(data.x_guess), axis=1)
+        x = jnp.where(known[:, None], data.x_guess, data.x_init)
+        infinite = jnp.full((len(x), *wanted.shape), jnp.inf, x.dtype)
+        first = Iterate(u, x, infinite, jnp.zeros_like(x[1:]))
     nan = jnp.full(wanted.shape, jnp.nan, data.x_init.dtype)
     feasible = lanes.every(lower <= upper, 2)
     return Search(
@@ -67,6 +82,8 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
         noisy=~wanted,
         finish=~wanted,
+        again=jnp.zeros_like(wanted),
+        fresh=jnp.full(wanted.shape, data.x_guess is not None),
         iterations=jnp.zeros(wanted.shape, jnp.int32),
         status=jnp.where(wanted & feasible, RUNNING, CROSSED).astype(jnp.int32),
     )
@@ -79,15 +96,24 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     running, at = s.status == RUNNING, s.at
 
     # Evaluate.
+    at = lanes.select(s.fresh, with_gaps(problem, data, at.u, at.x), at)
     expanded = expand(problem, data.theta, at.x, at.u)
     here = assess(data, at, expanded, data.multipliers)
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
+    # Across gaps the costates mean nothing, and may overflow.
+    gaping = ~lanes.every(at.gaps == 0, 2)
+    known = all_finite((at.costs, at.gaps), running.ndim)
+    here = here._replace(
+        finite=jnp.where(gaping, known, here.finite),
+        residual=jnp.where(gaping, jnp.inf, here.residual),
+    )
 
     # Judge.
     out_of_time = s.iterations >= options.max_iterations
+    forced = running & gaping & (s.finish | out_of_time)
     # The sampling is dear: for residuals that seem to be rounding, though above the tolerance.
-    ending = s.noisy | s.finish | out_of_time
+    ending = (s.noisy | s.finish | out_of_time) & ~gaping
     doubtful = running & ending & ~(here.residual <= tolerance * here.size)
     noise = lax.cond(
         jnp.any(doubtful),
@@ -95,17 +121,20 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         lambda: jnp.zeros_like(here.residual),
     )
     judged = judge(
-        here, s.residual_before, running=running, moved=s.iterations > 0, noisy=s.noisy,
-        finish=s.finish, out_of_time=out_of_time, tolerance=tolerance, goal=goal, noise=noise,
+        here, s.residual_before, running=running, moved=(s.iterations > 0) & ~s.finish,
+        noisy=s.noisy, finish=s.finish & ~gaping, out_of_time=out_of_time & ~gaping,
+        tolerance=tolerance, goal=goal, noise=noise,
     )  # fmt: skip
-    finite = here.finite & all_finite((H, H_final), running.ndim)
-    back = judged.back | (judged.moved & ~s.finish & ~finite)
+    # States of its own that cost more than what a rollout came to: stay there, and stop.
+    no_better = s.fresh & (jnp.sum(at.costs, axis=0) >= jnp.sum(s.before.costs, axis=0))
+    finite = here.finite & (gaping | all_finite((H, H_final), running.ndim))
+    back = judged.back | (judged.moved & ~s.finish & ~finite) | no_better
     judged = judged._replace(finite=finite, back=back)
 
     # Propose. The factors of the last trip are those of the derivative's linear system.
     near = _within_reach(data, at, options)
     step, factors = propose(
-        near, at, here, expanded, H, H_final, options, s.regularization, judged.certify
+        near, at, here, expanded, H, H_final, options, s.regularization, judged.certify, gaping
     )
     verdict = conclude(judged, factors, running)
     away = functools.partial(along_negative_curvature, near, at, here, expanded.F, H, factors)
@@ -119,7 +148,9 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     noise = rounding(at, costate, expanded)
     decay = jnp.asarray(options.line_search_decay, dtype)
     wanted = running & ~verdict.stop
-    new, length = line_search(problem, near, at, step, verdict.escape, wanted, noise, decay)
+    new, length = line_search(
+        problem, near, at, step, verdict.escape, wanted, noise, decay, gaping=gaping, forced=forced
+    )
 
     # Record.
     moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
@@ -137,10 +168,13 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         residual_before=jnp.where(moves, here.residual, s.residual_before),
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
         noisy=moves & length.noisy,
-        finish=(judged.back & judged.small) | (exhausted & ~verdict.escape),
-        iterations=s.iterations + jnp.where(verdict.stop, 0, 1),
+        finish=(judged.back & judged.small) | (exhausted & ~verdict.escape) | forced | no_better,
+        again=s.again,
+        fresh=jnp.zeros_like(s.fresh),
+        iterations=s.iterations + jnp.where(verdict.stop | forced, 0, 1),
         status=status(judged, verdict, exhausted),
     )
+    after = _begin_again(data, options, after)
     # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
     # point that stays: their evaluation comes out the same again, and the largest arrays need no
     # selection.
@@ -173,6 +207,25 @@ def _entry(
         barrier=none,
         active=jnp.sum(here.clamped, axis=(0, 1)),
         action=jnp.where(verdict.stop & ~judged.back, Action.STOP, action),
+    )
+
+
+def _begin_again(data: Data, options: Options, s: Search) -> Search:
+    """Where nothing came of the first start, begin again with all states at x_init."""
+    lost = ~s.again & ((s.status == Status.STALLED) | (s.status == Status.NONFINITE))
+    at = s.at._replace(
+        u=jnp.clip(data.u_init, data.u_lower, data.u_upper),
+        x=jnp.broadcast_to(data.x_init, s.at.x.shape),
+    )
+    return s._replace(
+        at=lanes.select(lost, at, s.at),
+        before=lanes.select(lost, s.at, s.before),
+        regularization=jnp.where(lost, options.regularization, s.regularization),
+        noisy=s.noisy & ~lost,
+        finish=s.finish & ~lost,
+        again=s.again | lost,
+        fresh=lost,
+        status=jnp.where(lost, RUNNING, s.status),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the search is: controls, their rollout, and what it costs."""
+"""Where the search is: controls, states, and what they cost."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,30 @@ from jax import Array
 from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import Expansion, rollout, stage_costs
 from jaxmpc.problem.problem import Data, Problem
+from jaxmpc.problem.stages import transition
 from jaxmpc.riccati.point import z_of
 
 
 class Iterate(NamedTuple):
-    """A control sequence, its rollout and what it costs."""
+    """Controls and states, mostly their rollout, and what they cost."""
 
     u: Array  # [T, m]
     x: Array  # [T+1, n]
     costs: Array  # [T+1]
+    gaps: Array  # [T, n], what the dynamics say of x_{t+1} minus what it is: 0 on a rollout
 
 
 def new_iterate(problem: Problem, data: Data, u: Array) -> Iterate:
-    """The iterate of the controls u, from which a search starts."""
+    """The rollout of the controls u."""
     x = rollout(problem, data.theta, data.x_init, u)
-    return Iterate(u, x, stage_costs(problem, data.theta, x, u))
+    return Iterate(u, x, stage_costs(problem, data.theta, x, u), jnp.zeros_like(x[1:]))
+
+
+def with_gaps(problem: Problem, data: Data, u: Array, x: Array) -> Iterate:
+    """The iterate of controls and states that need not belong together."""
+    step, now = transition(problem, data.theta, u)
+    gaps = jax.vmap(step)(x[:-1], u, now) - x[1:]
+    return Iterate(u, x, stage_costs(problem, data.theta, x, u), gaps)
 
 
 def rounding(at: Iterate, costate: Array, expanded: Expansion) -> Array:

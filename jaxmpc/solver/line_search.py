@@ -13,11 +13,14 @@ from jaxmpc.solver.iterate import Iterate
 
 _MAX_TRIES = 6  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
+# Multiple of a predicted rise, for gaps that close, that a step may cost: that at which the merit
+# objective + weight · |gaps|₁ falls by what is predicted, where half its weight pays for the rise.
+_RISE = 2.0
 
 
 class Step(NamedTuple):
     """A proposal: u + α (target − u) + K dx, clipped to the bounds; target + K dx where the target
-    is nearer than α reach."""
+    is nearer than α reach. Of the gaps it closes the share α."""
 
     target: Array  # [T, m]
     reach: Array  # [T, m]
@@ -36,22 +39,25 @@ class Length(NamedTuple):
 
 
 def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
-    """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds."""
+    """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds.
+
+    A share 1 − α of every gap stays (Mastalli et al. 2020, Crocoddyl, section II-D).
+    """
     transit, stages = transition(problem, data.theta, at.u)
 
     def advance(x_new, stage):
-        u, target, reach, K, x, lower, upper, now = stage
+        u, target, reach, K, x, lower, upper, gap, now = stage
         # The target itself for a full step: u + (bound − u) may miss the bound by an ulp.
         there = (alpha == 1) | (jnp.abs(target - u) < alpha * reach)
         straight = jnp.where(there, target, u + alpha * (target - u))
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
-        return transit(x_new, u_new, now), (x_new, u_new)
+        return transit(x_new, u_new, now) - gap, (x_new, u_new)
 
-    u, x = at.u, at.x
-    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, stages)
+    u, x, gaps = at.u, at.x, (1 - alpha) * at.gaps
+    along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, gaps, stages)
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
-    return Iterate(u_new, x_new, stage_costs(problem, data.theta, x_new, u_new))
+    return Iterate(u_new, x_new, stage_costs(problem, data.theta, x_new, u_new), gaps)
 
 
 def line_search(
@@ -63,12 +69,18 @@ def line_search(
     wanted: Array,
     noise: Array,
     decay: Array,
+    *,
+    gaping: Array | None = None,
+    forced: Array | None = None,
 ) -> tuple[Iterate, Length]:
     """Shorten the step until the objective falls; along negative curvature try both directions.
 
     Nothing is tried unless ``wanted``; with ``escape`` the step is along negative curvature;
-    ``noise`` is the size of rounding in the objective.
+    ``noise`` is the size of rounding in the objective. Where the iterate is ``gaping``, to close
+    the gaps may cost something; ``forced`` steps close them whatever it costs.
     """
+    no = jnp.zeros_like(wanted)
+    gaping, forced = (no if a is None else a for a in (gaping, forced))
     # Near a solution the decrease drowns in rounding before the residual does: take the full step,
     # and let the next trip judge by the residual.
     decrease = -(step.slope + step.bend)
@@ -94,13 +106,16 @@ def line_search(
         change = jnp.sum(new.costs - at.costs, axis=0)
         predicted = alpha * step.slope + alpha**2 * step.bend
         enough = change <= _SUFFICIENT * jnp.minimum(predicted, 0)
-        falls = jnp.where(escape, change < -noise, enough)
+        closes = forced | (
+            change <= alpha * jnp.maximum(-_SUFFICIENT * decrease, -_RISE * decrease)
+        )
+        falls = jnp.where(gaping, closes, jnp.where(escape, change < -noise, enough))
         noisy = drowned & (tries == 0) & (jnp.abs(change) <= noise)
         noisy |= (tries == last) & (jnp.abs(change) <= noise / lanes.eps(noise) ** 0.5)
+        noisy &= ~gaping
         after = new, Length(falls | noisy, alpha, noisy, hopeless)
         return *lanes.select(unfinished(carry), after, (before, length)), tries + 1
 
-    no = jnp.zeros_like(wanted)
     start = (at, Length(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
     new, length, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
     return new, length

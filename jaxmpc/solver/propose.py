@@ -29,9 +29,11 @@ def propose(
     options: Options,
     regularization: Array,
     certify: Array,
+    gaping: Array,
 ) -> tuple[Step, Factors]:
     """The step with the exact Hessian where every stage stays convex, else with ∇²cost; and the
-    factors with the exact one.
+    factors with the exact one. Where the iterate is ``gaping`` there are no costates to speak of,
+    and so it is ∇²cost.
 
     With ``certify`` nothing is regularized, the active set is that of the iterate, and the factors
     are those of its exact KKT matrix.
@@ -49,11 +51,12 @@ def propose(
     def recursion(hessian: Array, final: Array) -> Recursion:
         added = jnp.where(certify, 0, regularization)
         c, c_final = here.first.c, here.first.c_final
-        return backward_pass(hessian, expanded.F, c, final, c_final, box, added, certify)
+        return backward_pass(hessian, expanded.F, c, final, c_final, at.gaps, box, added, certify)
 
     with_exact = recursion(*exact)
     factors = with_exact.factors
-    fine = certify | lanes.every(factors.curvature > definite_threshold(u.dtype))
+    fine = lanes.every(factors.curvature > definite_threshold(u.dtype)) & ~gaping
+    fine |= certify
     d, free, used, slope, bend = lax.cond(
         jnp.all(fine),
         lambda: with_exact,

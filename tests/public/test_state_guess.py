@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from jaxmpc import Constraints, Rate, Status, ilqr_box, mpc_solve, receding_horizon
+from jaxmpc import Constraints, Options, Rate, Status, ilqr_box, mpc_solve, receding_horizon
 from jaxmpc.systems import pendulum
 
 T = 8
@@ -99,3 +99,98 @@ def test_in_closed_loop_it_is_shifted_with_the_plan():
     second = solve(first.x[1], *shifted)
     assert int(got.iterations[1]) == int(second.iterations)
     assert_close(got.u[1], second.u[0], 1e-8)
+
+
+# A plant that blows up by itself, along a reference that it can follow: the cost vanishes there.
+
+LONG = 60
+CONTROLS = 0.5 * np.sin(0.3 * np.arange(LONG))
+
+
+def explodes(x, u, t, params):
+    return x + 0.3 * (x**3 + u)
+
+
+def reference():
+    """The rollout of CONTROLS under a feedback that keeps it near 0, and the controls it took."""
+    x, u = [0.3], []
+    for v in CONTROLS:
+        u.append(v - 4 * x[-1] - x[-1] ** 3)
+        x.append(x[-1] + 0.3 * (x[-1] ** 3 + u[-1]))
+    return np.array(x)[:, None], np.array(u)[:, None]
+
+
+def follow(x_guess=None, u_init=None, x_init=None, max_iterations=200, dtype=jnp.float64):
+    x, u = (jnp.asarray(a, dtype) for a in reference())
+
+    def cost(z, v, t, params):
+        return jnp.sum((z - x[t]) ** 2) + 0.1 * jnp.sum((v - u[t]) ** 2)
+
+    return ilqr_box(
+        cost, explodes, x[0] if x_init is None else x_init,
+        jnp.full((LONG, 1), 3.0, dtype) if u_init is None else u_init, x_guess=x_guess,
+        u_lower=-6.0, u_upper=6.0, options=Options(max_iterations=max_iterations),
+    )  # fmt: skip
+
+
+def misses(s):
+    """By how much a plan misses the dynamics, in NumPy."""
+    x, u = np.asarray(s.x), np.asarray(s.u)
+    with np.errstate(all="ignore"):
+        return np.abs(x[:-1] + 0.3 * (x[:-1] ** 3 + u) - x[1:]).max()
+
+
+@pytest.mark.parametrize("dtype, accuracy", [(jnp.float64, 1e-9), (jnp.float32, 1e-4)])
+def test_a_rollout_that_overflows_is_not_the_end(dtype, accuracy):
+    _x, u = reference()
+    s = jax.jit(lambda: follow(dtype=dtype))()
+    assert int(s.status) == Status.CONVERGED
+    assert_close(s.u, jnp.asarray(u, dtype), accuracy)
+    assert misses(s) <= 4 * jnp.finfo(dtype).eps
+
+
+def test_a_guess_with_holes_is_filled():
+    guess = jnp.asarray(reference()[0]).at[20:30].set(jnp.nan)
+    s = jax.jit(follow)(guess)
+    assert int(s.status) == Status.CONVERGED
+    assert_close(s.u, jnp.asarray(reference()[1]), 1e-9)
+
+
+@pytest.mark.parametrize("max_iterations", [0, 1])
+def test_a_plan_is_a_rollout_whenever_the_search_ends(max_iterations):
+    guess = jnp.asarray(reference()[0]) + 0.1
+    s = jax.jit(lambda guess: follow(guess, max_iterations=max_iterations))(guess)
+    assert int(s.status) == Status.MAX_ITERATIONS
+    assert int(s.iterations) == max_iterations
+    assert misses(s) <= 1e-15
+    np.testing.assert_array_equal(s.x[0], reference()[0][0])
+
+
+def test_a_start_that_overflows_spoils_no_other_of_the_batch():
+    inits = jnp.array([0.3, 0.3, jnp.nan])[:, None]
+    u_inits = jnp.stack(
+        [jnp.full((LONG, 1), 3.0), jnp.asarray(reference()[1]), jnp.zeros((LONG, 1))]
+    )
+    s = jax.jit(jax.vmap(lambda x, u: follow(u_init=u, x_init=x)))(inits, u_inits)
+    assert s.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
+    assert int(s.iterations[1]) <= 2
+
+
+@pytest.mark.slow
+def test_a_long_horizon_ends_where_a_short_one_does():
+    """A swing that gains energy by itself: left alone for long, it turns over and over."""
+
+    def dynamics(x, u, t, params):
+        return x + 0.1 * jnp.stack([x[1], u[0] - 2 * jnp.sin(x[0])])
+
+    def cost(x, u, t, params):
+        return x[0] ** 2 + 0.1 * x[1] ** 2 + 0.1 * u[0] ** 2
+
+    def solve(T):
+        x = jnp.array([1.0, 0.0])
+        return ilqr_box(cost, dynamics, x, jnp.zeros((T, 1)), u_lower=-1.0, u_upper=1.0)
+
+    short, long = jax.jit(lambda: solve(500))(), jax.jit(lambda: solve(5000))()
+    assert int(short.status) == int(long.status) == Status.CONVERGED
+    assert_close(long.objective, short.objective, 1e-9)
+    assert_close(long.u[:400], short.u[:400], 1e-8)
