@@ -42,11 +42,18 @@ def ilqr_box(
     box-constrained quadratic program at each stage backward in time, and rolls the resulting policy
     out, with a step length at which the true objective falls. The quadratic model has the exact
     Hessian of the Hamiltonian cost + λᵀ dynamics wherever that leaves every stage's Q_uu positive
-    definite, and ∇²cost elsewhere (``Options.hessian="ilqr"``: always). Q_uu is regularized,
+    definite. Elsewhere λ are the costates of the plan that ∇²cost alone proposes, under its
+    feedback, and the dynamics' curvature counts with a share that grows while Q_uu stays definite
+    and falls while it does not (``Options.hessian="ilqr"``: with none). Q_uu is regularized,
     relative to its own size, more when steps fail and less when they succeed. The solver stops by
     the scaled KKT residual and the curvature, never by the step's length; at a small residual
     without positive curvature it leaves along negative curvature, or ends INDEFINITE. The objective
     never rises, up to rounding, so the last iterate is the best.
+
+    From an ``x_guess`` the dynamics have gaps at first: each step closes a share of them, and a
+    full one closes them for good. Where nothing comes of the rollout of u_init, since it overflows
+    or the search along it ends STALLED at more than standing still costs, the search begins again,
+    with all states at x_init.
 
     Constraints are dealt with by a primal-dual interior-point method with a filter. On its way the
     states are unknowns beside the controls (multiple shooting): the dynamics hold in the end. Where
@@ -69,6 +76,7 @@ def ilqr_box(
 
     Source: Amos et al. 2018 (arXiv:1810.13400), Algorithm 2; the box QP and the regularization
     after Tassa, Mansard and Todorov, Control-limited differential dynamic programming, ICRA 2014;
+    the gaps after Mastalli et al., Crocoddyl, ICRA 2020;
     with constraints: Wächter and Biegler, Mathematical Programming 106, 2006.
     """
     problem, data, options = trace(

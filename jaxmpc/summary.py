@@ -11,7 +11,7 @@ from jaxmpc.types import Solution, Status
 _ADVICE = {
     Status.MAX_ITERATIONS: "raise Options.max_iterations, or start from a better u_init",
     Status.STALLED: "rounding, or cost or dynamics with kinks: try float64, or a shorter horizon",
-    Status.NONFINITE: "the rollout of u_init, or a derivative along it, is NaN or infinite",
+    Status.NONFINITE: "the first rollout, or a derivative along it, is not finite: pass an x_guess",
     Status.INDEFINITE: "a saddle, or a control that the cost does not see: no implicit gradient",
     Status.INFEASIBLE: "u_lower > u_upper, or constraints that no plan nearby meets",
 }

@@ -43,8 +43,8 @@ class Status(enum.IntEnum):
     * ``MAX_ITERATIONS``: ``Options.max_iterations`` ran out first.
     * ``STALLED``: no step lowers the objective, or with ``Constraints`` none leads on, yet the
       residual is above the tolerance.
-    * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite on the
-      rollout of ``u_init``.
+    * ``NONFINITE``: the cost, the dynamics or one of their derivatives is NaN or infinite where the
+      search begins, on the rollout of ``u_init`` and where all states are x_init.
     * ``INDEFINITE``: the first-order conditions hold, but the curvature on the free controls is
       not positive: a saddle or a degenerate minimum, where the implicit gradient does not exist.
     * ``INFEASIBLE``: u_lower > u_upper (or one of them is NaN) somewhere; or no small change of the
@@ -88,7 +88,8 @@ class Options:
         finds may be. With constraints the steps that finish, once the active rows are known, and
         the first, which moves controls off their bounds, do not heed it.
       hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
-        leaves Q_uu positive definite; "ilqr" takes the paper's, with ∇²cost. With constraints
+        leaves Q_uu positive definite, and as much of it as does elsewhere; "ilqr" takes the
+        paper's, with ∇²cost. With constraints
         "exact" has the rows in it, and where it is not positive definite ∇²cost stands in, made
         so; if steps get short, the exact one, made so. "ilqr" always takes ∇²cost, made convex.
       backward_hessian: the Hessian in the backward pass of ``mpc_solve``: "exact" (the gradients

@@ -103,7 +103,7 @@ def _unroll(problem: Problem, data: Data, options: Options, num_iterations: int)
         expanded = expand(problem, data.theta, x, u)
         first = first_order(expanded, none)
         held = clamped(first.control_cost + first.control_pull, u, lower, upper)
-        d, free, factors, slope, bend = backward_pass(
+        d, free, factors, _, slope, bend = backward_pass(
             expanded.C, expanded.F, first.c, expanded.C_final, first.c_final, at.gaps,
             Box(lower - u, upper - u, held), regularization, no, qp=_differentiable_box_qp,
         )  # fmt: skip

@@ -32,6 +32,7 @@ class Recursion(NamedTuple):
     d: Array  # [T, m], the change of the controls is d + K dx
     free: Array  # [T, m]
     factors: Factors
+    v: Array  # [T+1, n], the gradient of the cost-to-go under the feedback K
     slope: Array  # the predicted change of the objective is α slope + α² bend
     bend: Array
 
@@ -97,10 +98,12 @@ def backward_pass(
         v = q[:n] + lanes.matvec_t(K, q[n:] + Quu_d) + lanes.matvec(Q[:n, n:], d)
         slope, bend = lanes.dot(q[n:], d), lanes.dot(d, Quu_d) * 0.5
         slope = slope + 0.5 * lanes.dot(v_next + w, gap)
-        return (V, v), (d, K, Quu_inv, free, V, curvature, slope, bend)
+        return (V, v), (d, K, Quu_inv, free, V, curvature, v, slope, bend)
 
     start = H_final, c_final
     data = H, F, c, gaps, *box
-    _, (d, K, Quu_inv, free, V, curvature, slope, bend) = lax.scan(stage, start, data, reverse=True)
+    _, found = lax.scan(stage, start, data, reverse=True)
+    d, K, Quu_inv, free, V, curvature, v, slope, bend = found
     factors = Factors(K, Quu_inv, jnp.concatenate([V, H_final[None]]), curvature)
-    return Recursion(d, free, factors, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0))
+    v = jnp.concatenate([v, c_final[None]])
+    return Recursion(d, free, factors, v, jnp.sum(slope, axis=0), jnp.sum(bend, axis=0))

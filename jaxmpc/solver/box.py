@@ -43,6 +43,8 @@ from jaxmpc.types import Action, Options, Record, Solution, Status
 # Relative to the curvature: where it begins once a step has failed, and what counts as none at all.
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
 _FACTOR = 10.0  # by which it grows and falls
+# By what the share of the dynamics' curvature grows and falls, and the least.
+_BEND_MORE, _BEND_LESS, _LEAST = 2.0, 4.0, 1e-3
 _SHORT = 0.2  # a step that had to be shortened so much means a model that needs regularization
 
 
@@ -54,6 +56,7 @@ class Search(NamedTuple):
     before: Iterate  # from which a step led here
     residual_before: Array
     regularization: Array
+    bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
     again: Array  # begun for the second time
@@ -80,6 +83,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         before=first,
         residual_before=nan,
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
+        bending=jnp.ones_like(nan),
         noisy=~wanted,
         finish=~wanted,
         again=jnp.zeros_like(wanted),
@@ -133,9 +137,11 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
 
     # Propose. The factors of the last trip are those of the derivative's linear system.
     near = _within_reach(data, at, options)
-    step, factors = propose(
-        near, at, here, expanded, H, H_final, options, s.regularization, judged.certify, gaping
-    )
+    exact_at = functools.partial(hessians, problem, data.theta, at.x, at.u, expanded)
+    step, factors, blended, convex = propose(
+        near, at, here, expanded, H, H_final, options, s.regularization, judged.certify, s.bending,
+        lambda costate: exact_at(costate, data.multipliers),
+    )  # fmt: skip
     verdict = conclude(judged, factors, running)
     away = functools.partial(along_negative_curvature, near, at, here, expanded.F, H, factors)
     step = lax.cond(
@@ -161,12 +167,16 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     raise_it = failed | (moves & (length.alpha < _SHORT))
     raise_it |= (judged.back & ~judged.finite) | (judged.settled & ~judged.small)
     lower_it = moves & ~length.noisy & (length.alpha == 1)
+    bending = jnp.where(
+        convex, jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)
+    )
     after = Search(
         at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
         evaluation=evaluation(data, here, expanded, H, H_final, factors, options),
         before=lanes.select(moves, at, s.before),
         residual_before=jnp.where(moves, here.residual, s.residual_before),
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
+        bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
         finish=(judged.back & judged.small) | (exhausted & ~verdict.escape) | forced | no_better,
         again=s.again,

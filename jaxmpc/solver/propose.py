@@ -1,5 +1,8 @@
 """What the solver tries next: the minimum of a convex model around the iterate (Algorithm 2)."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -29,11 +32,16 @@ def propose(
     options: Options,
     regularization: Array,
     certify: Array,
-    gaping: Array,
-) -> tuple[Step, Factors]:
-    """The step with the exact Hessian where every stage stays convex, else with ∇²cost; and the
-    factors with the exact one. Where the iterate is ``gaping`` there are no costates to speak of,
-    and so it is ∇²cost.
+    bending: Array,
+    exact_at: Callable[[Array], tuple[Array, Array]],
+) -> tuple[Step, Factors, Array, Array]:
+    """The step with the exact Hessian where every stage stays convex, else with a blend; and the
+    factors with the exact one. Then whether it was the blend, and whether that stayed convex.
+
+    Away from a solution the costates of a rollout are those of nobody's plan: along an unstable one
+    they grow without end, and the curvature λᵀ∇²dynamics with them. So the blend takes the costates
+    of the plan that the Gauss-Newton step proposes, under its feedback, as ``exact_at`` gives the
+    Hessian at any; and of that curvature the share ``bending``, the rest being ∇²cost.
 
     With ``certify`` nothing is regularized, the active set is that of the iterate, and the factors
     are those of its exact KKT matrix.
@@ -55,16 +63,35 @@ def propose(
 
     with_exact = recursion(*exact)
     factors = with_exact.factors
-    fine = lanes.every(factors.curvature > definite_threshold(u.dtype)) & ~gaping
-    fine |= certify
-    d, free, used, slope, bend = lax.cond(
-        jnp.all(fine),
-        lambda: with_exact,
-        lambda: lanes.select(fine, with_exact, recursion(*convex)),
+    gaping = ~lanes.every(at.gaps == 0, 2)
+    fine = certify | (_definite(factors) & ~gaping)
+
+    def blended() -> Recursion:
+        if options.hessian != "exact":
+            return recursion(*convex)
+
+        def again(before: Recursion, share: Array) -> tuple[Recursion, None]:
+            share = jnp.where(gaping, 0, share * bending)
+            bent = exact_at(before.v)
+            model = jax.tree.map(
+                lambda c, h: jnp.where(share > 0, c + share * (h - c), c), convex, bent
+            )
+            return recursion(*model), None
+
+        return lax.scan(again, with_exact, jnp.arange(2, dtype=u.dtype))[0]
+
+    found = lax.cond(
+        jnp.all(fine), lambda: with_exact, lambda: lanes.select(fine, with_exact, blended())
     )
+    d, free, used, _, slope, bend = found
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
-    return Step(target, _reach(data, u, here, target), used.K, slope, bend), factors
+    step = Step(target, _reach(data, u, here, target), used.K, slope, bend)
+    return step, factors, ~fine & ~gaping, _definite(used)
+
+
+def _definite(factors: Factors) -> Array:
+    return lanes.every(factors.curvature > definite_threshold(factors.curvature.dtype))
 
 
 def _reach(data: Data, u: Array, here: Assessment, target: Array) -> Array:

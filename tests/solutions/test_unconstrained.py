@@ -32,7 +32,8 @@ from unconstrained_problems import (
     solved,
 )
 
-from jaxmpc import Options, Status
+from jaxmpc import Options, Status, ilqr_box
+from jaxmpc.systems import cartpole
 
 # What a solution says.
 
@@ -289,3 +290,19 @@ def test_of_a_thousand_starts_nearly_all_converge_and_none_falsely(system):
     want = facts(model_of(system), inputs, solution.u)
     assert np.mean(converged) >= 0.99
     assert np.all(is_strict_minimum(want)[converged])
+
+
+def test_the_slowest_of_many_cartpoles_is_not_far_behind():
+    """With ∇²cost alone, where the exact Hessian is not convex, the slowest took 52 iterations."""
+    params = cartpole.default_params()
+
+    def solve(x):
+        return ilqr_box(
+            cartpole.cost, cartpole.dynamics, x, jnp.zeros((20, 1)), params, u_lower=-100.0,
+            u_upper=100.0,
+        )  # fmt: skip
+
+    x_init = cartpole.sample_states(jax.random.key(5), 128)
+    s = jax.jit(jax.vmap(solve))(x_init)
+    assert np.all(s.status == Status.CONVERGED)
+    assert int(jnp.max(s.iterations)) <= 20
