@@ -51,9 +51,9 @@ def ilqr_box(
     never rises, up to rounding, so the last iterate is the best.
 
     From an ``x_guess`` the dynamics have gaps at first: each step closes a share of them, and a
-    full one closes them for good. Where nothing comes of the rollout of u_init, since it overflows
-    or the search along it ends STALLED at more than standing still costs, the search begins again,
-    with all states at x_init.
+    full one closes them for good. Where the rollout of u_init overflows, or a step fails from
+    where the plan still costs more than standing still would, the search begins again, once, with
+    all states at x_init.
 
     Constraints are dealt with by a primal-dual interior-point method with a filter. On its way the
     states are unknowns beside the controls (multiple shooting): the dynamics hold in the end. Where

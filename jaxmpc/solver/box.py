@@ -115,9 +115,10 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
 
     # Judge.
     out_of_time = s.iterations >= options.max_iterations
-    forced = running & gaping & (s.finish | out_of_time)
+    finish = s.finish & ~s.fresh
+    forced = running & gaping & (finish | out_of_time)
     # The sampling is dear: for residuals that seem to be rounding, though above the tolerance.
-    ending = (s.noisy | s.finish | out_of_time) & ~gaping
+    ending = (s.noisy | finish | out_of_time) & ~gaping
     doubtful = running & ending & ~(here.residual <= tolerance * here.size)
     noise = lax.cond(
         jnp.any(doubtful),
@@ -125,14 +126,14 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         lambda: jnp.zeros_like(here.residual),
     )
     judged = judge(
-        here, s.residual_before, running=running, moved=(s.iterations > 0) & ~s.finish,
-        noisy=s.noisy, finish=s.finish & ~gaping, out_of_time=out_of_time & ~gaping,
+        here, s.residual_before, running=running, moved=(s.iterations > 0) & ~finish,
+        noisy=s.noisy, finish=finish & ~gaping, out_of_time=out_of_time & ~gaping,
         tolerance=tolerance, goal=goal, noise=noise,
     )  # fmt: skip
     # States of its own that cost more than what a rollout came to: stay there, and stop.
     no_better = s.fresh & (jnp.sum(at.costs, axis=0) >= jnp.sum(s.before.costs, axis=0))
     finite = here.finite & (gaping | all_finite((H, H_final), running.ndim))
-    back = judged.back | (judged.moved & ~s.finish & ~finite) | no_better
+    back = judged.back | (judged.moved & ~finish & ~finite) | no_better
     judged = judged._replace(finite=finite, back=back)
 
     # Propose. The factors of the last trip are those of the derivative's linear system.
@@ -178,13 +179,16 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
-        finish=(judged.back & judged.small) | (exhausted & ~verdict.escape) | forced | no_better,
+        finish=(judged.back & judged.small)
+        | (exhausted & ~verdict.escape)
+        | forced
+        | (no_better & s.finish),
         again=s.again,
         fresh=jnp.zeros_like(s.fresh),
         iterations=s.iterations + jnp.where(verdict.stop | forced, 0, 1),
         status=status(judged, verdict, exhausted),
     )
-    after = _begin_again(data, options, after)
+    after = _begin_again(data, options, after, running & failed & ~forced)
     # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
     # point that stays: their evaluation comes out the same again, and the largest arrays need no
     # selection.
@@ -220,9 +224,11 @@ def _entry(
     )
 
 
-def _begin_again(data: Data, options: Options, s: Search) -> Search:
-    """Where nothing came of the first start, begin again with all states at x_init."""
-    lost = ~s.again & ((s.status == Status.STALLED) | (s.status == Status.NONFINITE))
+def _begin_again(data: Data, options: Options, s: Search, failed: Array) -> Search:
+    """Where nothing came of the first start, or no step helps for the first time,
+    begin again with all states at x_init, if that costs less than where it got to."""
+    ended = (s.status == Status.STALLED) | (s.status == Status.NONFINITE)
+    lost = ~s.again & (ended | failed)
     at = s.at._replace(
         u=jnp.clip(data.u_init, data.u_lower, data.u_upper),
         x=jnp.broadcast_to(data.x_init, s.at.x.shape),
@@ -230,9 +236,9 @@ def _begin_again(data: Data, options: Options, s: Search) -> Search:
     return s._replace(
         at=lanes.select(lost, at, s.at),
         before=lanes.select(lost, s.at, s.before),
-        regularization=jnp.where(lost, options.regularization, s.regularization),
+        regularization=jnp.where(lost & ended, options.regularization, s.regularization),
         noisy=s.noisy & ~lost,
-        finish=s.finish & ~lost,
+        finish=jnp.where(lost, ended, s.finish),
         again=s.again | lost,
         fresh=lost,
         status=jnp.where(lost, RUNNING, s.status),
