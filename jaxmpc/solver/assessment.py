@@ -30,10 +30,26 @@ class Assessment(NamedTuple):
     finite: Array
 
 
-def assess(data: Data, at: Iterate, expanded: Expansion, multipliers: Rows) -> Assessment:
-    """Hold an iterate against the first-order conditions, with the multipliers of the rows."""
+def assess(
+    data: Data,
+    at: Iterate,
+    expanded: Expansion,
+    multipliers: Rows,
+    led_to: tuple[Array, Array] | None = None,
+) -> Assessment:
+    """Hold an iterate against the first-order conditions, with the multipliers of the rows.
+
+    The costates are those of the rollout, or ``led_to`` (costates, where): those of the step that
+    led here, which answer by feedback. A rollout's own carry its rounding back, which an unstable
+    plant amplifies on the way there and on the way back.
+    """
     u, lower, upper = at.u, data.u_lower, data.u_upper
     first = first_order(expanded, multipliers)
+    if led_to is not None:
+        costate, led = led_to
+        costate = jnp.where(led, costate, first.costate)
+        of_u = jax.vmap(lanes.matvec_t)(expanded.F[:, :, at.x.shape[1] :], costate[1:])
+        first = first._replace(costate=costate, control_pull=of_u)
     gradient = first.control_cost + first.control_pull
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
@@ -49,6 +65,13 @@ def assess(data: Data, at: Iterate, expanded: Expansion, multipliers: Rows) -> A
     price = jax.vmap(lanes.matvec)(jnp.abs(expanded.C[:, n:, n:]), size_u)
     terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costate)
     size = jnp.max(terms, axis=(0, 1))
+    if led_to is not None:
+        # How far they are from costates, each state's over its own terms.
+        of_x = first.c[:, :n] + pull(expanded.F[:, :, :n], costate[1:]) - costate[:-1]
+        of_x = jnp.concatenate([of_x[1:], (first.c_final - costate[-1])[None]])
+        most = jnp.max(of_costate, axis=0)
+        share = jnp.max(jnp.abs(of_x), axis=0) / jnp.where(most > 0, most, 1)
+        residual = jnp.maximum(residual, jnp.where(led, jnp.max(share, axis=0) * size, 0))
     curvature = jnp.max(jnp.abs(jax.vmap(lanes.diagonal)(expanded.C[:, n:, n:])), axis=(0, 1))
     rest = 4 * lanes.eps(u) * jnp.sqrt(curvature) * jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))

@@ -20,7 +20,6 @@ from jax import Array, lax
 from jaxmpc.batch import lanes
 from jaxmpc.problem.expansions import expand, hessians
 from jaxmpc.problem.problem import Data, Problem
-from jaxmpc.riccati.pivots import definite_threshold
 from jaxmpc.riccati.sequential import Factors
 from jaxmpc.solver.assessment import Assessment, all_finite, assess, noise_of, tolerances
 from jaxmpc.solver.escape import along_negative_curvature
@@ -36,7 +35,7 @@ from jaxmpc.solver.judgement import (
 )
 from jaxmpc.solver.line_search import Length, line_search
 from jaxmpc.solver.linearization import Evaluation, Linearization, evaluation, no_evaluation
-from jaxmpc.solver.propose import propose
+from jaxmpc.solver.propose import definite, propose
 from jaxmpc.solver.rounding import hidden
 from jaxmpc.types import Action, Options, Record, Solution, Status
 
@@ -58,6 +57,7 @@ class Search(NamedTuple):
     regularization: Array
     bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
+    costate: Array  # [T+1, n], where it led to
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
     again: Array  # begun for the second time
     fresh: Array  # at states that are no rollout, and not yet evaluated
@@ -85,6 +85,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
         bending=jnp.ones_like(nan),
         noisy=~wanted,
+        costate=jnp.zeros_like(first.x),
         finish=~wanted,
         again=jnp.zeros_like(wanted),
         fresh=jnp.full(wanted.shape, data.x_guess is not None),
@@ -102,7 +103,8 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     # Evaluate.
     at = lanes.select(s.fresh, with_gaps(problem, data, at.u, at.x), at)
     expanded = expand(problem, data.theta, at.x, at.u)
-    here = assess(data, at, expanded, data.multipliers)
+    # Where only rounding is left, the costates of the step say how much of the residual that is.
+    here = assess(data, at, expanded, data.multipliers, (s.costate, s.noisy))
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
     # Across gaps the costates mean nothing, and may overflow.
@@ -139,7 +141,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     # Propose. The factors of the last trip are those of the derivative's linear system.
     near = _within_reach(data, at, options)
     exact_at = functools.partial(hessians, problem, data.theta, at.x, at.u, expanded)
-    step, factors, blended, convex = propose(
+    step, factors, blended, used = propose(
         near, at, here, expanded, H, H_final, options, s.regularization, judged.certify, s.bending,
         lambda costate: exact_at(costate, data.multipliers),
     )  # fmt: skip
@@ -152,12 +154,14 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     )
 
     # Search.
-    noise = rounding(at, costate, expanded)
+    noise = rounding(at, here.first.costate, expanded)
     decay = jnp.asarray(options.line_search_decay, dtype)
     wanted = running & ~verdict.stop
     new, length = line_search(
         problem, near, at, step, verdict.escape, wanted, noise, decay, gaping=gaping, forced=forced
     )
+
+    costate = used.v + jax.vmap(lanes.matvec)(used.factors.V, new.x - at.x)
 
     # Record.
     moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
@@ -168,9 +172,8 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     raise_it = failed | (moves & (length.alpha < _SHORT))
     raise_it |= (judged.back & ~judged.finite) | (judged.settled & ~judged.small)
     lower_it = moves & ~length.noisy & (length.alpha == 1)
-    bending = jnp.where(
-        convex, jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)
-    )
+    more, less = jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)
+    bending = jnp.where(definite(used.factors), more, less)
     after = Search(
         at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
         evaluation=evaluation(data, here, expanded, H, H_final, factors, options),
@@ -179,6 +182,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
+        costate=costate,
         finish=(judged.back & judged.small)
         | (exhausted & ~verdict.escape)
         | forced
@@ -208,8 +212,7 @@ def _entry(
 ) -> Record:
     """What a trip did."""
     none = jnp.zeros_like(s.regularization)
-    convex = lanes.every(factors.curvature > definite_threshold(none.dtype))
-    action = jnp.where(convex, Action.NEWTON, Action.CONVEX)
+    action = jnp.where(definite(factors), Action.NEWTON, Action.CONVEX)
     action = jnp.where(verdict.escape, Action.ESCAPE, action)
     action = jnp.where(judged.back, Action.BACK, action)
     return Record(

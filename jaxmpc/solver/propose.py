@@ -34,9 +34,9 @@ def propose(
     certify: Array,
     bending: Array,
     exact_at: Callable[[Array], tuple[Array, Array]],
-) -> tuple[Step, Factors, Array, Array]:
+) -> tuple[Step, Factors, Array, Recursion]:
     """The step with the exact Hessian where every stage stays convex, else with a blend; and the
-    factors with the exact one. Then whether it was the blend, and whether that stayed convex.
+    factors with the exact one. Then whether it was the blend, and the recursion that was used.
 
     Away from a solution the costates of a rollout are those of nobody's plan: along an unstable one
     they grow without end, and the curvature λᵀ∇²dynamics with them. So the blend takes the costates
@@ -64,7 +64,7 @@ def propose(
     with_exact = recursion(*exact)
     factors = with_exact.factors
     gaping = ~lanes.every(at.gaps == 0, 2)
-    fine = certify | (_definite(factors) & ~gaping)
+    fine = certify | (definite(factors) & ~gaping)
 
     def blended() -> Recursion:
         if options.hessian != "exact":
@@ -87,10 +87,11 @@ def propose(
     bound = jnp.where(d <= lower - u, lower, upper)
     target = jnp.where(free, jnp.clip(u + d, lower, upper), bound)
     step = Step(target, _reach(data, u, here, target), used.K, slope, bend)
-    return step, factors, ~fine & ~gaping, _definite(used)
+    return step, factors, ~fine & ~gaping, found
 
 
-def _definite(factors: Factors) -> Array:
+def definite(factors: Factors) -> Array:
+    """Whether Q_uu is positive definite at every stage."""
     return lanes.every(factors.curvature > definite_threshold(factors.curvature.dtype))
 
 

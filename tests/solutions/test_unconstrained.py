@@ -68,7 +68,9 @@ def test_a_solution_is_a_fixed_point(system):
     again = solve(model_of(system), inputs_of(system)._replace(u_init=solved(system).u))
     assert np.all(again.iterations == 0)
     same = dataclasses.replace(solved(system), iterations=again.iterations)
-    assert_close(again, same, 0)
+    assert_close((again.x, again.u, again.objective), (same.x, same.u, same.objective), 0)
+    # The costates may be those of the step that led there, or those of the rollout.
+    assert_close(again, same, 1e-13)
 
 
 # Against IPOPT, on models written again with the angle as a state.
