@@ -208,7 +208,7 @@ FAULTS = [
     ),
     Fault(
         "a trip that stops counts as an iteration", "solver/box.py",
-        "iterations=s.iterations + jnp.where(verdict.stop, 0, 1),",
+        "iterations=s.iterations + jnp.where(verdict.stop | forced, 0, 1),",
         "iterations=s.iterations + 1,", "tests/solutions tests/statuses",
     ),
     Fault(

@@ -96,16 +96,20 @@ def dense_gains(problem, free):
 dense = jax.jit(dense_plan)
 
 
+def floats(tree):
+    """Its leaves, without a status."""
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
 def random_weights(tree, seed=1):
-    flat, unravel = ravel_pytree(tree)
+    flat, unravel = ravel_pytree(floats(tree))
     return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=flat.size)))
 
 
 def wavy(tree, weights):
     """A loss with a curvature of its own."""
     return sum(
-        jnp.vdot(w, jnp.sin(a) + 0.1 * a**2)
-        for a, w in zip(jax.tree.leaves(tree), jax.tree.leaves(weights), strict=True)
+        jnp.vdot(w, jnp.sin(a) + 0.1 * a**2) for a, w in zip(floats(tree), weights, strict=True)
     )
 
 

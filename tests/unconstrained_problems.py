@@ -88,7 +88,14 @@ def derivatives(model):
         bends = jax.vmap(jax.hessian(model.cost, 1), (0, 0, 0, None))
         price = jnp.abs(bends(x[:-1], u, jnp.arange(T, dtype=jnp.int32), params))
         price = jnp.einsum("tij,tj->ti", price, jnp.abs(u))
-        return objective, x, costate, gradient, of_cost, price, Huu, Hux
+        # What cancels in the costates, before the dynamics multiply them.
+        along = x[:-1], u, jnp.arange(T, dtype=jnp.int32), params
+        A, B = jax.vmap(jax.jacfwd(model.dynamics, (0, 1)), (0, 0, 0, None))(*along)
+        of_state = jnp.abs(jax.vmap(jax.grad(model.cost, 0), (0, 0, 0, None))(*along))
+        of_state += jnp.einsum("tij,ti->tj", jnp.abs(A), jnp.abs(costate[1:]))
+        of_state = jnp.concatenate([of_state[1:], jnp.abs(costate[-1:])])
+        pull = jnp.einsum("tij,ti->tj", jnp.abs(B), of_state)
+        return objective, x, costate, gradient, of_cost, jnp.maximum(price, pull), Huu, Hux
 
     return jax.jit(jax.vmap(one))
 

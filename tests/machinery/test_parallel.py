@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
-from lqr_problems import dense, plan_of, random_problem, random_weights, symmetric, wavy
+from lqr_problems import (
+    dense,
+    floats,
+    plan_of,
+    random_problem,
+    random_weights,
+    symmetric,
+    wavy,
+)
 
 from jaxmpc import Options, lqr_solve, mpc_solve
 from jaxmpc.riccati import parallel
@@ -172,7 +180,7 @@ def test_float32_is_as_accurate_as_the_sequential_solve(system):
             name: np.max(np.abs(a - b)) / np.max(np.abs(b))
             for name, a, b in zip(
                 "xulKk",
-                *(map(np.asarray, jax.tree.leaves(s)) for s in (solution, truth)),
+                *(map(np.asarray, floats(s)) for s in (solution, truth)),
                 strict=True,
             )
         }

@@ -158,6 +158,7 @@ def test_the_certificate_of_a_constrained_plan_is_that_of_the_dense_problem():
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_bounds_of_states_are_inputs_to_check():
     """Infinite ones stay where they are, and so does an equal pair."""
     wall = jnp.full((9, 2), jnp.inf).at[1:, 0].set(0.3).at[-1, 1].set(0.1)

@@ -73,6 +73,7 @@ def test_it_promotes_as_the_other_arguments_do():
     assert s.u.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_with_a_rate_it_is_the_users_state_alone():
     rate = Constraints(rate=Rate(previous=jnp.zeros(1), limit=0.5))
     without, guessed = (

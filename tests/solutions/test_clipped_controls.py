@@ -145,6 +145,7 @@ def test_a_plant_that_clips_is_as_one_that_does_not(name):
     assert_close(got, slopes, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name == "one" else pytest.mark.slow) for name in PROBLEMS],
@@ -215,6 +216,7 @@ def test_unrolled():
     assert_close(*both(run), 1e-11)
 
 
+@pytest.mark.slow
 def test_in_closed_loop():
     """Model and plant clip."""
 
