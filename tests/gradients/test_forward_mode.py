@@ -232,6 +232,7 @@ def of_the_good(tree):
 STARTS = jax.vmap(pendulum.state)(jnp.array([2.4, 0.3, -1.0]), jnp.array([-0.5, 0.1, 0.2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", ["nan", *(pytest.param(p, marks=pytest.mark.slow) for p in ("zero", "implicit"))]
 )

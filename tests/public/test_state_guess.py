@@ -44,6 +44,7 @@ def test_its_gradient_is_zero():
     np.testing.assert_array_equal(slope, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_under_vmap_it_is_shared_or_each_has_its_own(shared):
     x_inits = pendulum.sample_states(jax.random.key(0), 20)

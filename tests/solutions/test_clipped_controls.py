@@ -169,6 +169,7 @@ def both(run):
 ONE = problem(-1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_with_rows():
     """The interior-point method ends on the bounds as well."""
 

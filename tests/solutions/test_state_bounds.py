@@ -80,6 +80,7 @@ def test_a_lower_bound_holds_and_its_multiplier_is_negative():
     assert certificate.slack == pytest.approx(np.min(speed[nu == 0][1:] + 0.2), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bounds_of_the_first_state_do_not_count():
     got, want = lanes()["of the first state"], lanes()["lower"]
     assert_close(got[0].u, want[0].u, 1e-12)
