@@ -57,7 +57,8 @@ class Search(NamedTuple):
     regularization: Array
     bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
-    costate: Array  # [T+1, n], where it led to
+    costate: Array  # [T+1, n], where it led to,
+    led: Array  # which is what the iterate is held against
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
     again: Array  # begun for the second time
     fresh: Array  # at states that are no rollout, and not yet evaluated
@@ -86,6 +87,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         bending=jnp.ones_like(nan),
         noisy=~wanted,
         costate=jnp.zeros_like(first.x),
+        led=jnp.zeros_like(wanted),
         finish=~wanted,
         again=jnp.zeros_like(wanted),
         fresh=jnp.full(wanted.shape, data.x_guess is not None),
@@ -104,7 +106,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     at = lanes.select(s.fresh, with_gaps(problem, data, at.u, at.x), at)
     expanded = expand(problem, data.theta, at.x, at.u)
     # Where only rounding is left, the costates of the step say how much of the residual that is.
-    here = assess(data, at, expanded, data.multipliers, (s.costate, s.noisy))
+    here = assess(data, at, expanded, data.multipliers, (s.costate, s.led))
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
     # Across gaps the costates mean nothing, and may overflow.
@@ -182,7 +184,8 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
-        costate=costate,
+        costate=lanes.select(moves, costate, s.costate),
+        led=jnp.where(moves, length.noisy, s.led & ~judged.back),
         finish=(judged.back & judged.small)
         | (exhausted & ~verdict.escape)
         | forced
@@ -241,6 +244,7 @@ def _begin_again(data: Data, options: Options, s: Search, failed: Array) -> Sear
         before=lanes.select(lost, s.at, s.before),
         regularization=jnp.where(lost & ended, options.regularization, s.regularization),
         noisy=s.noisy & ~lost,
+        led=s.led & ~lost,
         finish=jnp.where(lost, ended, s.finish),
         again=s.again | lost,
         fresh=lost,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxmpc.batch import lanes
-from jaxmpc.problem.expansions import Expansion, FirstOrder, expand, first_order, hessians
+from jaxmpc.problem.expansions import Expansion, expand, first_order, hessians
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.riccati.point import Rows, z_of
 from jaxmpc.riccati.rows import add_pull, per_row
@@ -46,7 +46,6 @@ class Sizes(NamedTuple):
 
 class Local(NamedTuple):
     expanded: Expansion  # in a restoration with its objective
-    first: FirstOrder
     H: Array
     H_final: Array
     costate: Array
@@ -176,7 +175,6 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     dual = jnp.maximum(most(residual_x, size_x), most(of_u, size_u))
     return Local(
         expanded=expanded,
-        first=first,
         H=H,
         H_final=H_final,
         costate=costate,

@@ -280,7 +280,7 @@ def search(
         target = jnp.where(stays, u, jnp.where(pinned, step.bound, u + du))
         # The less violating of two plans, or the one where a second search found none.
         back = stays & jnp.isfinite(s.rested_off)
-        back &= ~(s.infeasible & (violation_of(here) <= s.rested_off))
+        back &= ~(s.infeasible & (_violation_of(here) <= s.rested_off))
         target = jnp.where(back, s.rested, target)
         K = jnp.where(here.finite & ~back, step.direction.factors.K, 0)
 
@@ -413,7 +413,7 @@ def record(
     # At rest to the last digits, or to some where there are no more.
     exact = (s.tau * T <= tolerance * cost) & (here.dual <= _AT_REST * cost)
     rests = exact | ((judged.floored | gives_up) & (here.dual <= _NEARLY_AT_REST * cost))
-    off = violation_of(here)
+    off = jnp.max(violation / here.sizes.some, axis=0)
     rests &= restoring & (off > tolerance)
     # A least violation near the rollout need not be one near x_init.
     anew = rests & ~s.second & ~judged.restarts
@@ -513,7 +513,8 @@ def record(
         violation=jnp.where(to_restore, cost, s.violation),
         weight=jnp.where(to_restore, here.weight, s.weight),
         held=lanes.select(finishing, s.held, guess),
-        fresh=begins | leaves,
+        # Where it ends it stays, and is evaluated the same way again.
+        fresh=jnp.where(status == RUNNING, begins | leaves, s.fresh),
         error=jnp.where(judged.goes_on, jnp.minimum(judged.error, s.error), jnp.inf),
         misses=jnp.where(missed, s.misses + 1, 0),
         tries=s.tries + jnp.where(judged.fails, 1, 0),
@@ -557,7 +558,7 @@ def _entry(
     )
 
 
-def violation_of(here: Local) -> Array:
+def _violation_of(here: Local) -> Array:
     """The largest of a hard row, over its size."""
     return jnp.max(active_set.violation(here.plain, here.g) / here.sizes.some, axis=0)
 
