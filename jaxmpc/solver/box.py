@@ -196,10 +196,6 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         status=status(judged, verdict, exhausted),
     )
     after = _begin_again(data, options, after, running & failed & ~forced)
-    # The others wait for the last problem of the batch. Every end certifies, and so do they, at a
-    # point that stays: their evaluation comes out the same again, and the largest arrays need no
-    # selection.
-    after = lanes.select(running, after, s._replace(evaluation=after.evaluation))
     return after, _entry(s, after, here, judged, verdict, factors, moves, length)
 
 

@@ -7,6 +7,7 @@ interior-point method (``interior``).
 import dataclasses
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ from jax import Array, lax
 
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
+from jaxmpc.batch.packing import Packed, pack
 from jaxmpc.batch.turns import in_turns
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.solver import box
 from jaxmpc.solver.interior import method as interior
 from jaxmpc.solver.judgement import RUNNING
-from jaxmpc.solver.linearization import Linearization
-from jaxmpc.solver.recorder import recorder, written
+from jaxmpc.solver.linearization import Evaluation, Linearization
+from jaxmpc.solver.recorder import Recorder, recorder, written
 from jaxmpc.types import Options, Solution
 
 
@@ -28,36 +30,54 @@ def _method(problem: Problem) -> ModuleType:
     """The module whose ``start``, ``trip`` and ``report`` solve it.
 
     Their states have a ``status``; from the start it is that of problems that do not run, unless
-    they are ``wanted``. A trip returns the next state, and a ``Record`` of itself.
+    they are ``wanted``. They have an ``evaluation`` of the point that the last trip began with. A
+    trip returns the next state, and a ``Record`` of itself.
     """
     return interior if problem.constrained else box
 
 
+class _Carry(NamedTuple):
+    search: Packed  # the state of the method, without its evaluation
+    evaluation: Evaluation
+    record: Recorder | None
+
+
 class _Loop:
-    """The loop of a problem: its state is that of the method, with a record if there is one."""
+    """The loop of a problem."""
 
     def __init__(self, problem: Problem):
         self.problem, self.method = problem, _method(problem)
 
-    def start(self, data: Data, options: Options, wanted: Array):
+    def start(self, data: Data, options: Options, wanted: Array) -> _Carry:
         state = self.method.start(self.problem, data, options, wanted)
-        return state, recorder(options.record, jnp.zeros(wanted.shape, data.x_init.dtype))
+        record = recorder(options.record, jnp.zeros(wanted.shape, data.x_init.dtype))
+        return _Carry(*_packed(state), record)
 
-    def running(self, carry) -> Array:
-        state, _ = carry
-        return state.status == RUNNING
+    def running(self, carry: _Carry) -> Array:
+        return carry.search.unpack().status == RUNNING
 
-    def trip(self, data: Data, options: Options, carry):
-        state, record = carry
-        after, entry = self.method.trip(self.problem, data, options, state)
-        return after, written(record, entry, state.status == RUNNING)
+    def trip(self, data: Data, options: Options, carry: _Carry) -> _Carry:
+        running = self.running(carry)
+        after, entry = self.method.trip(self.problem, data, options, _state(carry))
+        search, evaluation = _packed(after)
+        # The others wait for the last problem of the batch, at a point that stays: their evaluation
+        # comes out the same again, and the largest arrays need no selection.
+        search = lanes.select(running, search, carry.search)
+        return _Carry(search, evaluation, written(carry.record, entry, running))
 
-    def report(self, data: Data, carry) -> tuple[Solution, Linearization]:
-        state, record = carry
-        solution, linearization = self.method.report(data, state)
-        if record is not None:
-            solution = dataclasses.replace(solution, record=record.entries)
+    def report(self, data: Data, carry: _Carry) -> tuple[Solution, Linearization]:
+        solution, linearization = self.method.report(data, _state(carry))
+        if carry.record is not None:
+            solution = dataclasses.replace(solution, record=carry.record.entries)
         return solution, linearization
+
+
+def _packed(state) -> tuple[Packed, Evaluation]:
+    return pack(state._replace(evaluation=None), state.status.ndim), state.evaluation
+
+
+def _state(carry: _Carry):
+    return carry.search.unpack()._replace(evaluation=carry.evaluation)
 
 
 @lanes.any_rank

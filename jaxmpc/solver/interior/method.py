@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxmpc.batch import lanes
-from jaxmpc.batch.packing import Packed, pack
 from jaxmpc.problem.expansions import rollout
 from jaxmpc.problem.prices import RowState, largest_violation, slack_price
 from jaxmpc.problem.problem import Data, Problem
@@ -60,7 +59,7 @@ class Carry(NamedTuple):
     """The carry of the loop."""
 
     status: Array
-    search: Packed
+    search: Search
     evaluation: Evaluation
 
 
@@ -108,7 +107,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Carr
         status=jnp.where(wanted & lanes.every(lower <= upper, 2), RUNNING, CROSSED).astype(
             jnp.int32
         ),
-        search=pack(search, wanted.ndim),
+        search=search,
         evaluation=no_evaluation(x, u, values.g),
     )
 
@@ -131,7 +130,7 @@ def _first(problem: Problem, data: Data, u: Array) -> tuple[Array, Values]:
 
 def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> tuple[Carry, Record]:
     """Evaluate the trajectory, judge it, and step from it."""
-    s: Search = carry.search.unpack()
+    s = carry.search
     layout, running = layout_of(s.at.values.g, s.at.u), carry.status == RUNNING
     here = evaluated(problem, data, s, layout)
     judged = judge(data, options, s, here)
@@ -141,11 +140,8 @@ def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> tuple[
     found = search(problem, data, options, s, here, layout, judged, step, running)
     after, status = record(data, s, here, layout, judged, step, found, options)
     evaluation = _evaluation(data, s, here, step, layout, options)
-    new = Carry(status, pack(after, running.ndim), evaluation)
-    # The others wait for the last problem of the batch, at a point that stays: their evaluation
-    # comes out the same again, and the largest arrays need no selection.
-    after = lanes.select(running, new, carry._replace(evaluation=evaluation))
-    return after, _entry(s, here, judged, evaluation, found, status)
+    entry = _entry(s, here, judged, evaluation, found, status)
+    return Carry(status, after, evaluation), entry
 
 
 class Judgement(NamedTuple):
@@ -620,7 +616,7 @@ def report(data: Data, end: Carry) -> tuple[Solution, Linearization]:
         lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
         end.evaluation,
     )
-    search: Search = end.search.unpack()
+    search = end.search
     at = search.at
     solution = Solution(
         x=at.x,
