@@ -250,15 +250,10 @@ def _begin_again(data: Data, options: Options, s: Search, failed: Array) -> Sear
 
 def report(data: Data, end: Search) -> tuple[Solution, Linearization]:
     """The solution, and the linearization at its point."""
-    crossed = end.status == CROSSED
     costate, free, kkt_residual, linearization, _, violation = end.evaluation
     _, H, F, H_final, gradient, *_ = linearization
     noise, _ = hidden(end.at.x, end.at.u, costate, gradient, H, F, H_final)
     kkt_residual = jnp.maximum(kkt_residual, jnp.max(jnp.where(free, noise, 0), axis=(0, 1)))
-    costate, free, kkt_residual, linearization = jax.tree.map(
-        lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
-        (costate, free, kkt_residual, linearization),
-    )
     solution = Solution(
         x=end.at.x,
         u=end.at.u,
@@ -268,7 +263,7 @@ def report(data: Data, end: Search) -> tuple[Solution, Linearization]:
         objective=jnp.sum(end.at.costs, axis=0),
         kkt_residual=kkt_residual,
         iterations=end.iterations,
-        status=jnp.where(crossed, Status.INFEASIBLE, end.status).astype(jnp.int32),
+        status=end.status,
         multipliers=linearization.state.multiplier,
         violation=violation,
     )

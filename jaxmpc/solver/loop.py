@@ -20,10 +20,10 @@ from jaxmpc.batch.turns import in_turns
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.solver import box
 from jaxmpc.solver.interior import method as interior
-from jaxmpc.solver.judgement import RUNNING
+from jaxmpc.solver.judgement import CROSSED, RUNNING
 from jaxmpc.solver.linearization import Evaluation, Linearization
 from jaxmpc.solver.recorder import Recorder, recorder, written
-from jaxmpc.types import Options, Solution
+from jaxmpc.types import Options, Solution, Status
 
 
 def _method(problem: Problem) -> ModuleType:
@@ -66,7 +66,16 @@ class _Loop:
         return _Carry(search, evaluation, written(carry.record, entry, running))
 
     def report(self, data: Data, carry: _Carry) -> tuple[Solution, Linearization]:
-        solution, linearization = self.method.report(data, _state(carry))
+        state = _state(carry)
+        # Where bounds exclude each other nothing was evaluated.
+        crossed = state.status == CROSSED
+        evaluation = jax.tree.map(
+            lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
+            state.evaluation,
+        )
+        status = jnp.where(crossed, Status.INFEASIBLE, state.status).astype(jnp.int32)
+        state = state._replace(evaluation=evaluation, status=status)
+        solution, linearization = self.method.report(data, state)
         if carry.record is not None:
             solution = dataclasses.replace(solution, record=carry.record.entries)
         return solution, linearization

@@ -608,14 +608,7 @@ def _evaluation(
 
 
 def report(data: Data, end: Carry) -> tuple[Solution, Linearization]:
-    crossed = end.status == CROSSED
-    price, violation = (
-        jnp.where(crossed, jnp.nan, a) for a in (end.evaluation.price, end.evaluation.violation)
-    )
-    costate, free, kkt_residual, linearization, *_ = jax.tree.map(
-        lambda a: jnp.where(crossed, jnp.zeros((), a.dtype) if a.dtype == bool else jnp.nan, a),
-        end.evaluation,
-    )
+    costate, free, kkt_residual, linearization, price, violation = end.evaluation
     search = end.search
     at = search.at
     solution = Solution(
@@ -627,7 +620,7 @@ def report(data: Data, end: Carry) -> tuple[Solution, Linearization]:
         objective=jnp.sum(at.values.costs, axis=0) + price,
         kkt_residual=kkt_residual,
         iterations=search.iterations,
-        status=jnp.where(crossed, Status.INFEASIBLE, end.status).astype(jnp.int32),
+        status=end.status,
         multipliers=linearization.state.multiplier,
         violation=violation,
     )
