@@ -7,7 +7,16 @@ import pytest
 from helpers import assert_close
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxmpc import Constraints, Rate, Slack, certify, lqr_solve, mpc_solve, receding_horizon
+from jaxmpc import (
+    Constraints,
+    Rate,
+    Slack,
+    certify,
+    ilqr_unrolled,
+    lqr_solve,
+    mpc_solve,
+    receding_horizon,
+)
 
 U = np.zeros((3, 1))
 ALL, SPREAD = PartitionSpec(), PartitionSpec("batch")
@@ -53,6 +62,11 @@ def episode(gain, wind, x):
                             plant=problem(gain, wind)[1]).u * x[0]  # fmt: skip
 
 
+def unrolled(gain, wind, x):
+    box = dict(u_lower=-0.5, u_upper=0.5)
+    return ilqr_unrolled(*problem(gain, wind), x, U, num_iterations=3, **box).u
+
+
 def lqr(gain, wind, x):
     F = jnp.tile(jnp.concatenate([A, jnp.ones((2, 1))], 1), (3, 1, 1)) * wind
     C = jnp.eye(3) * jnp.stack([1.0, 1.0, gain])[:, None]
@@ -84,6 +98,7 @@ def inputs():
     [
         bounded,
         lqr,
+        pytest.param(unrolled, marks=pytest.mark.slow),
         pytest.param(same_start, marks=pytest.mark.slow),
         pytest.param(constrained, marks=pytest.mark.slow),
         pytest.param(episode, marks=pytest.mark.slow),
