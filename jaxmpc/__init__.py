@@ -26,6 +26,7 @@ from jaxmpc.types import (
     Violations,
 )
 from jaxmpc.unrolled import ilqr_unrolled
+from jaxmpc.warm_start import WarmStart, shift
 
 __all__ = [
     "Action",
@@ -44,6 +45,7 @@ __all__ = [
     "Solution",
     "Status",
     "Violations",
+    "WarmStart",
     "certify",
     "check_gradients",
     "ilqr_box",
@@ -52,6 +54,7 @@ __all__ = [
     "mpc_solve",
     "plot_record",
     "receding_horizon",
+    "shift",
     "summarize",
 ]
 

@@ -13,7 +13,7 @@ from jaxmpc.batch.unchecked import axes_of, manual_axes, unchecked, vary
 from jaxmpc.derivative.isolation import finite, isolated
 from jaxmpc.derivative.refused import no_reverse, refused
 from jaxmpc.mpc import mpc_solve
-from jaxmpc.problem.constraints import FUNCTIONS, KINDS, named_multipliers
+from jaxmpc.problem.constraints import FUNCTIONS, named_multipliers
 from jaxmpc.problem.inside import inner, inner_bounds
 from jaxmpc.problem.trace import has_kinks_in_u, hoist, trace
 from jaxmpc.types import (
@@ -21,15 +21,14 @@ from jaxmpc.types import (
     Cost,
     Dynamics,
     Episode,
-    Multipliers,
     Options,
     Status,
     TerminalCost,
 )
+from jaxmpc.warm_start import WarmStart, shift
 
-# The state of the plant, the plan, its states if there is a guess, the control before, and the
-# multipliers of the last plan.
-_Carry = tuple[Array, Array, Array | None, Array, Multipliers | None]
+# The state of the plant, and where the next solve starts.
+_Carry = tuple[Array, WarmStart]
 
 
 def receding_horizon(
@@ -148,34 +147,27 @@ def receding_horizon(
         happen = unchecked(isolated(happen, inside, blank, options.derivative))
 
     def step(carry: _Carry, k: Array) -> tuple[_Carry, tuple[Array, ...]]:
-        x, plan, guess, previous, multipliers = carry
+        x, begin = carry
         solution = mpc_solve(
             lambda x, u, i, params: cost(x, u, k + i, params),
             lambda x, u, i, params: dynamics(x, u, k + i, params),
             x,
-            plan,
+            begin.u_init,
             params,
-            x_guess=guess,
+            x_guess=begin.x_guess,
             terminal_cost=terminal_cost,
             u_lower=data.u_lower,
             u_upper=data.u_upper,
-            constraints=_at(constraints, k, previous, multipliers),
+            constraints=begin.constraints(_at(constraints, k)),
             options=options,
         )
-        u = solution.u[0]
-        happened = happen(x, u, k, theta)
+        after = shift(solution)
+        if begin.x_guess is None:
+            after = dataclasses.replace(after, x_guess=None)
+        happened = happen(x, after.previous, k, theta)
         fails = (solution.status == Status.CONVERGED) & ~finite(happened)
-        # The warm start carries no derivative: that of the solution in u_init is zero.
-        plan = lax.stop_gradient(_shifted(solution.u))
-        if guess is not None:
-            guess = lax.stop_gradient(_shifted(solution.x))
-        if multipliers is not None:
-            usable = solution.status == Status.CONVERGED
-            multipliers = jax.tree.map(
-                lambda a: jnp.where(usable, a, 0), lax.stop_gradient(_later(solution.multipliers))
-            )
         x_next, *row = happened
-        return (x_next, plan, guess, u, multipliers), (
+        return (x_next, after), (
             *row,
             jnp.where(fails, jnp.int32(Status.NONFINITE), solution.status),
             solution.iterations,
@@ -184,7 +176,7 @@ def receding_horizon(
 
     @jax.jit
     def run(start: _Carry) -> Episode:
-        (x_final, *_), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
+        (x_final, _), (x, *rest) = lax.scan(step, start, jnp.arange(num_steps, dtype=jnp.int32))
         return Episode(jnp.concatenate([x, x_final[None]]), *rest)
 
     multipliers = None
@@ -193,7 +185,7 @@ def receding_horizon(
     # Behind the state stands the control before, if there is a rate; else nothing.
     previous = data.x_init[n:] if len(data.x_init) > n else data.u_init[0]
     guess = None if data.x_guess is None else data.x_guess[:, :n]
-    start = data.x_init[:n], data.u_init, guess, previous, multipliers
+    start = data.x_init[:n], WarmStart(data.u_init, guess, previous, multipliers)
     if manual_axes():  # The carry of the scan varies along what anything does.
         moved = jax.eval_shape(lambda: plant(data.x_init[:n], previous, jnp.int32(0), params))
         start = vary(start, axes_of((data, moved)))
@@ -201,28 +193,13 @@ def receding_horizon(
     return refused(no_reverse(problem))(episode) if problem.forward_only else episode
 
 
-def _at(
-    constraints: Constraints | None, k: Array, previous: Array, multipliers: Multipliers | None
-) -> Constraints | None:
+def _at(constraints: Constraints | None, k: Array) -> Constraints | None:
     """The constraints of the plan that is made at step k."""
     if constraints is None:
         return None
-    changes: dict[str, Any] = dict(multipliers=multipliers)
+    changes: dict[str, Any] = {}
     for name, kind in FUNCTIONS.items():
         fn = getattr(constraints, name)
         if fn is not None and not kind.final:
             changes[name] = lambda x, u, i, params, fn=fn: fn(x, u, k + i, params)
-    if constraints.rate is not None:
-        changes["rate"] = dataclasses.replace(constraints.rate, previous=previous)
     return dataclasses.replace(constraints, **changes)
-
-
-def _shifted(a: Array) -> Array:
-    """By one stage, the last repeated."""
-    return jnp.concatenate([a[1:], a[-1:]])
-
-
-def _later(multipliers: Multipliers) -> Multipliers:
-    stage = {kind.name: getattr(multipliers, kind.name) for kind in KINDS if not kind.final}
-    shifted = {name: _shifted(a) for name, a in stage.items() if a is not None}
-    return dataclasses.replace(multipliers, **shifted)
