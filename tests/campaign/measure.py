@@ -23,7 +23,7 @@ VARIANTS = {
     "default": Options(max_iterations=2000),  # few need as many, and they do end well
     "ilqr": Options(hessian="ilqr", max_iterations=2000),
     "decay": Options(line_search_decay=0.2, regularization=1e-3, max_iterations=2000),
-    "trust": Options(trust_region=0.5, max_iterations=2000),
+    "trust": Options(trust_region=0.5, max_iterations=2000),  # in units of the controls
     "loose": Options(tolerance=1e-4, max_iterations=2000),
     "tight": Options(tolerance=1e-12, max_iterations=2000),
 }
@@ -61,11 +61,14 @@ def chunks():
 def program(n, m, T, dtype, variant):
     options = VARIANTS[variant]
 
-    def solve(p, x_init, u_init, lower, upper, scale):
+    def solve(p, x_init, u_init, lower, upper, unit, scale):
+        reach = options.trust_region
+        own = options if reach is None else dataclasses.replace(options, trust_region=reach * unit)
+
         def plan(x_init, g):
             solution = mpc_solve(
                 cost, dynamics, x_init, u_init, p | dict(g=g, scale=scale * p["scale"]),
-                terminal_cost=terminal_cost, u_lower=lower, u_upper=upper, options=options,
+                terminal_cost=terminal_cost, u_lower=lower, u_upper=upper, options=own,
             )  # fmt: skip
             return solution.u, solution
 
@@ -76,7 +79,7 @@ def program(n, m, T, dtype, variant):
             claimed=solution.kkt_residual, gradient=jnp.concatenate(pull(signs)),
         )  # fmt: skip
 
-    return jax.jit(jax.vmap(solve, (0, 0, 0, 0, 0, None)))
+    return jax.jit(jax.vmap(solve, (0, 0, 0, 0, 0, 0, None)))
 
 
 def measured(chunk, scales=SCALES, cache=CACHE):
@@ -91,8 +94,8 @@ def measured(chunk, scales=SCALES, cache=CACHE):
     out = []
     for scale in scales:
         with jax.enable_x64(chunk.dtype == "float64"):
-            arguments = jax.tree.map(jnp.asarray, (b.p, b.x_init, b.u_init, b.lower, b.upper))
-            z = run(*arguments, jnp.asarray(scale, chunk.dtype))
+            arguments = b.p, b.x_init, b.u_init, b.lower, b.upper, b.unit
+            z = run(*jax.tree.map(jnp.asarray, arguments), jnp.asarray(scale, chunk.dtype))
             z = jax.tree.map(np.asarray, z)
         true = facts(b, z["u"], scale)
         out.append(z | {k: v.astype(float) for k, v in vars(true).items()})

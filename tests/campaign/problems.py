@@ -24,6 +24,7 @@ class Batch:
     u_init: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
+    unit: np.ndarray  # [N, m], of the controls
     kind: np.ndarray  # [N], the index in KINDS
 
 
@@ -90,6 +91,7 @@ def _one(rng, kind, n, m, T, digits):
         lower[:, 0], upper[:, 0] = -np.inf, np.inf
     elif sides == 3:
         upper = np.full((T, m), np.inf)
+    unit = np.ones(m)
     if kind == "scaled":
         far = 2 if few else 4
         of_x, of_u = 10 ** rng.uniform(-far, far, n), 10 ** rng.uniform(-far, far, m)
@@ -100,7 +102,8 @@ def _one(rng, kind, n, m, T, digits):
             scale=10 ** rng.uniform(-far, far),
         )  # fmt: skip
         x_init, u_init, lower, upper = of_x * x_init, of_u * u_init, of_u * lower, of_u * upper
-    return p, x_init, u_init, lower, upper
+        unit = of_u
+    return p, x_init, u_init, lower, upper, unit
 
 
 @functools.cache
@@ -111,5 +114,4 @@ def batch(n, m, T, dtype, N, seed):
     each = [_one(rng, KINDS[k], n, m, T, digits) for k in kinds]
     p, *rest = zip(*each, strict=True)
     p = {name: np.array([one[name] for one in p], dtype) for name in p[0]}
-    x_init, u_init, lower, upper = (np.array(a, dtype) for a in rest)
-    return Batch(p, x_init, u_init, lower, upper, kinds)
+    return Batch(p, *(np.array(a, dtype) for a in rest), kinds)
