@@ -41,9 +41,14 @@ class Length(NamedTuple):
 def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
     """The forward recursion of Algorithm 2 on the true dynamics, inside the bounds.
 
-    A share 1 − α of every gap stays (Mastalli et al. 2020, Crocoddyl, section II-D).
+    A share 1 − α of every gap stays (Mastalli et al. 2020, Crocoddyl, section II-D), until half of
+    the digits of the states agree with the dynamics: then they are closed for good.
     """
     transit, stages = transition(problem, data.theta, at.u)
+    gaps = (1 - alpha) * at.gaps
+    largest = jnp.max(jnp.abs(at.x), axis=0)
+    closed = lanes.every(jnp.abs(gaps) <= lanes.eps(gaps) ** 0.5 * largest, 2)
+    gaps = jnp.where(closed, 0, gaps)
 
     def advance(x_new, stage):
         u, target, reach, K, x, lower, upper, gap, now = stage
@@ -53,7 +58,7 @@ def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Arra
         u_new = jnp.clip(straight + lanes.matvec(K, x_new - x), lower, upper)
         return transit(x_new, u_new, now) - gap, (x_new, u_new)
 
-    u, x, gaps = at.u, at.x, (1 - alpha) * at.gaps
+    u, x = at.u, at.x
     along = (u, step.target, step.reach, step.K, x[:-1], data.u_lower, data.u_upper, gaps, stages)
     x_final, (x_new, u_new) = lax.scan(advance, data.x_init, along)
     x_new = jnp.concatenate([x_new, x_final[None]])
