@@ -16,6 +16,9 @@ from jaxmpc.solver.iterate import Iterate
 from jaxmpc.solver.rounding import hidden
 from jaxmpc.types import Options
 
+# So many roundings are allowed to what stands for costates.
+_COSTATE = 16.0
+
 
 class Assessment(NamedTuple):
     """An iterate held against the first-order conditions."""
@@ -40,16 +43,32 @@ def assess(
     """Hold an iterate against the first-order conditions, with the multipliers of the rows.
 
     The costates are those of the rollout, or ``led_to`` (costates, where): those of the step that
-    led here, which answer by feedback. A rollout's own carry its rounding back, which an unstable
-    plant amplifies on the way there and on the way back.
+    led here, which answer by feedback, if they are costates here to rounding. A rollout's own carry
+    its rounding back, which an unstable plant amplifies on the way there and on the way back.
     """
     u, lower, upper = at.u, data.u_lower, data.u_upper
+    n, pull = at.x.shape[1], jax.vmap(lanes.matvec_t)
     first = first_order(expanded, multipliers)
+    size_F, size_c = jnp.abs(expanded.F), jnp.abs(first.c)
+
+    def of_costates(costate: Array) -> Array:
+        """The size of the terms that each is summed from."""
+        terms = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(costate[1:]))
+        return jnp.concatenate([terms[1:], jnp.abs(costate[-1:])])
+
     if led_to is not None:
         costate, led = led_to
+        # Each over the largest terms of its state. A tolerance would not do: what they lack, the
+        # plant amplifies on the way back.
+        off = first.c[:, :n] + pull(expanded.F[:, :, :n], costate[1:]) - costate[:-1]
+        off = jnp.concatenate([off[1:], (first.c_final - costate[-1])[None]])
+        most = jnp.max(of_costates(costate), axis=0)
+        off = jnp.max(jnp.abs(off), axis=0)
+        led = led & lanes.every(off <= _COSTATE * lanes.eps(u) * most, 1)
         costate = jnp.where(led, costate, first.costate)
-        of_u = jax.vmap(lanes.matvec_t)(expanded.F[:, :, at.x.shape[1] :], costate[1:])
-        first = first._replace(costate=costate, control_pull=of_u)
+        first = first._replace(
+            costate=costate, control_pull=pull(expanded.F[:, :, n:], costate[1:])
+        )
     gradient = first.control_cost + first.control_pull
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
@@ -57,21 +76,10 @@ def assess(
     residual = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=(0, 1))
     # What cancels in the gradient, and in the costates before. At rest all that may vanish; then it
     # is what the controls would pay, be they a rounding of those that the search began with.
-    n, pull = at.x.shape[1], jax.vmap(lanes.matvec_t)
-    size_F, size_c = jnp.abs(expanded.F), jnp.abs(first.c)
-    of_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
-    of_costate = jnp.concatenate([of_costate[1:], jnp.abs(first.costate[-1:])])
     size_u = jnp.maximum(jnp.abs(u), lanes.eps(u) * jnp.abs(data.u_init))
     price = jax.vmap(lanes.matvec)(jnp.abs(expanded.C[:, n:, n:]), size_u)
-    terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costate)
+    terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costates(first.costate))
     size = jnp.max(terms, axis=(0, 1))
-    if led_to is not None:
-        # How far they are from costates, each state's over its own terms.
-        of_x = first.c[:, :n] + pull(expanded.F[:, :, :n], costate[1:]) - costate[:-1]
-        of_x = jnp.concatenate([of_x[1:], (first.c_final - costate[-1])[None]])
-        most = jnp.max(of_costate, axis=0)
-        share = jnp.max(jnp.abs(of_x), axis=0) / jnp.where(most > 0, most, 1)
-        residual = jnp.maximum(residual, jnp.where(led, jnp.max(share, axis=0) * size, 0))
     curvature = jnp.max(jnp.abs(jax.vmap(lanes.diagonal)(expanded.C[:, n:, n:])), axis=(0, 1))
     rest = 4 * lanes.eps(u) * jnp.sqrt(curvature) * jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
