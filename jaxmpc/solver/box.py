@@ -57,6 +57,7 @@ class Search(NamedTuple):
     regularization: Array
     bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
+    drowned: Array  # so did the last step that was kept
     costate: Array  # [T+1, n], where it led to,
     led: Array  # which is what the iterate is held against
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
@@ -86,6 +87,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
         bending=jnp.ones_like(nan),
         noisy=~wanted,
+        drowned=~wanted,
         costate=jnp.zeros_like(first.x),
         led=jnp.zeros_like(wanted),
         finish=~wanted,
@@ -145,7 +147,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     exact_at = functools.partial(hessians, problem, data.theta, at.x, at.u, expanded)
     step, factors, blended, used = propose(
         near, at, here, expanded, H, H_final, options, s.regularization, judged.certify, s.bending,
-        lambda costate: exact_at(costate, data.multipliers),
+        s.drowned, lambda costate: exact_at(costate, data.multipliers),
     )  # fmt: skip
     verdict = conclude(judged, factors, running)
     away = functools.partial(along_negative_curvature, near, at, here, expanded.F, H, factors)
@@ -172,18 +174,22 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     too_much = raised > _MAX_REGULARIZATION
     exhausted = (failed & (length.hopeless | too_much)) | (judged.back & too_much)
     raise_it = failed | (moves & (length.alpha < _SHORT))
-    raise_it |= (judged.back & ~judged.finite) | (judged.settled & ~judged.small)
-    lower_it = moves & ~length.noisy & (length.alpha == 1)
+    # Where the objective is all rounding, the residual says whether the model was right. The least
+    # one counts: back at an iterate it may be another, for want of the costates that led there.
+    to_beat = jnp.where(s.drowned, jnp.minimum(here.residual, s.residual_before), here.residual)
+    raise_it |= judged.back & ~no_better
+    lower_it = moves & (s.noisy | ~length.noisy & (length.alpha == 1))
     more, less = jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)
     bending = jnp.where(definite(used.factors), more, less)
     after = Search(
         at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
         evaluation=evaluation(data, here, expanded, H, H_final, factors, options),
         before=lanes.select(moves, at, s.before),
-        residual_before=jnp.where(moves, here.residual, s.residual_before),
+        residual_before=jnp.where(moves, to_beat, s.residual_before),
         regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
+        drowned=jnp.where(moves, length.noisy, s.drowned),
         costate=lanes.select(moves, costate, s.costate),
         led=jnp.where(moves, length.noisy, s.led & ~judged.back),
         finish=(judged.back & judged.small)
@@ -240,6 +246,7 @@ def _begin_again(data: Data, options: Options, s: Search, failed: Array) -> Sear
         before=lanes.select(lost, s.at, s.before),
         regularization=jnp.where(lost & ended, options.regularization, s.regularization),
         noisy=s.noisy & ~lost,
+        drowned=s.drowned & ~lost,
         led=s.led & ~lost,
         finish=jnp.where(lost, ended, s.finish),
         again=s.again | lost,

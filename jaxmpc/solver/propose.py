@@ -33,6 +33,7 @@ def propose(
     regularization: Array,
     certify: Array,
     bending: Array,
+    drowned: Array,
     exact_at: Callable[[Array], tuple[Array, Array]],
 ) -> tuple[Step, Factors, Array, Recursion]:
     """The step with the exact Hessian where every stage stays convex, else with a blend; and the
@@ -42,6 +43,9 @@ def propose(
     they grow without end, and the curvature λᵀ∇²dynamics with them. So the blend takes the costates
     of the plan that the Gauss-Newton step proposes, under its feedback, as ``exact_at`` gives the
     Hessian at any; and of that curvature the share ``bending``, the rest being ∇²cost.
+
+    Where the objective has ``drowned`` in rounding only the residual is left to fall, which ∇²cost
+    does not promise: there ``hessian="ilqr"`` takes the exact one, too.
 
     With ``certify`` nothing is regularized, the active set is that of the iterate, and the factors
     are those of its exact KKT matrix.
@@ -54,7 +58,7 @@ def propose(
     )
     convex, exact = (expanded.C, expanded.C_final), (H, H_final)
     if options.hessian != "exact":
-        exact = lanes.select(certify, exact, convex)
+        exact = lanes.select(certify | drowned, exact, convex)
 
     def recursion(hessian: Array, final: Array) -> Recursion:
         added = jnp.where(certify, 0, regularization)

@@ -15,9 +15,15 @@ def assert_true(chunk, z):
     return v
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_a_sample_of_the_campaign(dtype):
-    chunk = Chunk(3, 2, 6, dtype, "default", N=70, seed=1)
+SAMPLES = [
+    Chunk(3, 2, 6, "float64", "default", N=70, seed=1),
+    Chunk(3, 2, 6, "float32", "default", N=70, seed=1),
+    Chunk(4, 1, 20, "float32", "ilqr", N=88),  # slow ways to the end, and plants that amplify
+]
+
+
+@pytest.mark.parametrize("chunk", SAMPLES, ids=lambda chunk: chunk.name)
+def test_a_sample_of_the_campaign(chunk):
     v = assert_true(chunk, measured(chunk, cache=None))
     assert v.converged[v.well_posed].all()
     assert v.well_posed.mean() > 0.8
