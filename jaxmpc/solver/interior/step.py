@@ -110,7 +110,7 @@ def propose(
         convex = jnp.where(kind == _EXACT, ~stands & ~(definite & exact), convex)
         measures = lax.cond(
             kind == _MEASURE,
-            lambda: lanes.select(measuring, _measured(s, here, layout, d), measures),
+            lambda: lanes.select(measuring, _measured(s, here, layout, d, high - low), measures),
             lambda: measures,
         )
         estimate = jnp.where(kind == _MEASURE, d.costate, estimate)
@@ -152,20 +152,25 @@ def propose(
     )
 
 
-def _measured(s: Search, here: Local, layout: Layout, d: Direction) -> Measures:
+def _measured(s: Search, here: Local, layout: Layout, d: Direction, width: Array) -> Measures:
     """From the recursion without rows; what is to be gained, and how far that is away, from the
     probe alone."""
     values, sizes, expanded = s.at.values, here.sizes, here.expanded
     probing, before = s.mode == PROBE, s.measures
     eps, tiny = lanes.eps(values.costs), tiny_of(values.costs)
     T, n = expanded.F.shape[:2]
-    of_rows, of_z = row_freedom(d.factors, expanded.F, expanded.G)
+    gain = jnp.where(probing, jnp.maximum(-d.descent, 0), before.scale)
+    # Where nothing prices a control, it is its bounds that say how far it goes.
+    far = gain * jax.vmap(lanes.diagonal)(d.factors.Quu_inv)
+    share = jnp.minimum(1, width / jnp.sqrt(jnp.where(far > 0, far, 1)))
+    inverse = d.factors.Quu_inv * share[:, :, None] * share[:, None, :]
+    of_rows, of_z = row_freedom(d.factors._replace(Quu_inv=inverse), expanded.F, expanded.G)
     of_bounds = jnp.concatenate([of_z[n:], of_z[n:]])
     freedom = layout.pack(of_rows, jnp.broadcast_to(of_bounds, (T, *of_bounds.shape)))
 
     violation = active_set.violation(here.plain, here.g)
     repair = jnp.max(violation**2 / jnp.maximum(freedom, tiny), axis=0)
-    gain = jnp.maximum(-d.descent, 0) + jnp.where(jnp.isfinite(repair), repair, 0)
+    gain += jnp.where(jnp.isfinite(repair), repair, 0)
     gain = jnp.maximum(gain, 1e-6 * jnp.sum(jnp.abs(values.costs), axis=0))
     scale = jnp.where(probing, jnp.where(gain > 0, gain, 1), before.scale)
     reach = jnp.sqrt(scale * jnp.where(jnp.isfinite(of_z), of_z, 0))
