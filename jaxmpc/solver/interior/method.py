@@ -47,7 +47,8 @@ _SHORT = 0.1  # a step so short was not one of a good Hessian
 _MAX_TRIES = 14  # lengths of a step
 _EXACT = 1e-3  # a finish ends at this share of the tolerance, if it can
 _HALVES = 0.5  # a finish has to halve its error,
-_MISSES = 2  # but for so many times in a row
+_MISSES = 2  # or to hold fewer than before, but for so many times in a row
+_MANY = 2**30  # more than there are
 _RESTARTS, _RAISED = 4, 1e3  # from a τ so much larger
 _PATIENCE = 8  # finishes that may fail once τ is at its least
 _FLOOR = 1e-2  # a violation costs at least this share of what is to be gained, relative to sizes
@@ -88,6 +89,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Carr
         held=Held(off, off, jnp.zeros(u.shape, bool)),
         fresh=no,
         error=one * jnp.inf,
+        fewest=zero,
         misses=zero,
         tries=zero,
         wait=zero,
@@ -152,7 +154,8 @@ class Judgement(NamedTuple):
     ends: Array  # this is the last trip
     goes_on: Array
     fails: Array
-    better: Array
+    better: Array  # it came closer, or holds fewer than ever
+    holds: Array  # how many rows and bounds
     solved: Array  # the problem of τ
     tau: Array
     at_least: Array  # τ is as little as it needs to be,
@@ -176,11 +179,14 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
 
     error = jnp.where(here.finite & finishing & ~s.fresh, here.error, jnp.inf)
     better = error <= _HALVES * s.error
+    holds = jnp.sum(here.state.active, axis=0, dtype=jnp.int32)
+    holds += jnp.sum(here.clamped, axis=(0, 1), dtype=jnp.int32)
+    fewer = holds < s.fewest
     # Newton's step from a small error is worth its price: it ends at rounding.
     exact = (error <= jnp.minimum(goal, _EXACT * tolerance)) | ~better
     there = (error <= tolerance) & exact
     ends = finishing & (s.last | (~s.fresh & (there | out_of_time)))
-    may = (error < 1) & (better | (s.misses < _MISSES))
+    may = (error < 1) & (better | fewer | (s.misses < _MISSES))
     goes_on = finishing & ~ends & (s.fresh | may)
 
     # In a restoration the violation of equalities belongs to the objective.
@@ -207,7 +213,8 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
         ends=ends,
         goes_on=goes_on,
         fails=finishing & ~ends & ~goes_on,
-        better=better,
+        better=better | fewer,
+        holds=holds,
         solved=solved,
         tau=tau,
         at_least=s.tau <= jnp.maximum(_LEAST * tolerance * scale / T, floor),
@@ -512,6 +519,7 @@ def record(
         # Where it ends it stays, and is evaluated the same way again.
         fresh=jnp.where(status == RUNNING, begins | leaves, s.fresh),
         error=jnp.where(judged.goes_on, jnp.minimum(judged.error, s.error), jnp.inf),
+        fewest=jnp.where(s.fresh, _MANY, jnp.minimum(judged.holds, s.fewest)),
         misses=jnp.where(missed, s.misses + 1, 0),
         tries=s.tries + jnp.where(judged.fails, 1, 0),
         wait=jnp.where(judged.fails, 1, s.wait - jnp.where(judged.solved, 1, 0)),

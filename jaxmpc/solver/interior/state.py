@@ -74,6 +74,7 @@ class Search(NamedTuple):
     held: Held
     fresh: Array  # the finish begins here, with the active set of the barrier
     error: Array  # of the finish, the least so far
+    fewest: Array  # rows and bounds that it held, likewise
     misses: Array
     tries: Array  # finishes that have failed
     wait: Array  # so many τ before the next
