@@ -74,11 +74,12 @@ def row_sizes(G: Rows, size_z: Array, g: Rows) -> Rows:
     return per_row(lambda a, g: jnp.where(a > 0, a, jnp.abs(g)), Rows(of_stage, of_end), g)
 
 
-def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
+def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array) -> Local:
+    """``K``: the feedback that a finish was rolled out with."""
     at, kept, measures = s.at, s.kept, s.measures
     x, u, values = at.x, at.u, at.values
     low, high = data.u_lower, data.u_upper
-    tiny, n, T = tiny_of(x), x.shape[1], u.shape[0]
+    eps, tiny, n, T = lanes.eps(x), tiny_of(x), x.shape[1], u.shape[0]
     restoring, finishing, probing = s.mode == RESTORE, s.mode == FINISH, s.mode == PROBE
     inside = (s.mode == INTERIOR) | restoring
     expanded = expand(problem, data.theta, x, u)
@@ -155,14 +156,21 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
     terms_x = jnp.max(size_costate, axis=0)
     terms_u = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
     floor = jnp.where(probing, 0, 1e-3 * measures.scale)
+    # What one rounding of every state and control makes of the residuals is no error. Along a
+    # rollout the controls answer those of the states.
+    answer = jax.vmap(lanes.matvec)(jnp.abs(jnp.where(finishing, K, 0)), jnp.abs(x[:-1]))
+    bends = jax.vmap(lanes.matvec)(jnp.abs(H), z_of(jnp.abs(x), jnp.abs(u) + answer))
+    ends = lanes.matvec(jnp.abs(H_final), jnp.abs(x[-1]))
+    noise_x = eps * jnp.max(jnp.concatenate([bends[1:, :n], ends[None]]), axis=0)
+    noise_u = eps * jnp.max(bends[:, n:], axis=0)
 
-    def relative(residual, terms, size):
+    def relative(residual, noise, terms, size):
         terms = jnp.maximum(terms, floor / jnp.maximum(size, tiny))
-        return jnp.max(residual / jnp.maximum(terms, tiny), axis=0)
+        return jnp.max(jnp.maximum(residual - noise, 0) / jnp.maximum(terms, tiny), axis=0)
 
     off = jnp.max(active_set.gaps(plain, g, state) / sizes.some, axis=0)
-    error = jnp.maximum(relative(residual_u, terms_u, size_u), off)
-    error = jnp.maximum(error, relative(residual_x, terms_x, size_x))
+    error = jnp.maximum(relative(residual_u, noise_u, terms_u, size_u), off)
+    error = jnp.maximum(error, relative(residual_x, noise_x, terms_x, size_x))
     finite = all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim)
 
     # The same with the multipliers of the bounds, in units of the objective.
@@ -173,6 +181,10 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         return jnp.max(force * size, axis=0)
 
     dual = jnp.maximum(most(residual_x, size_x), most(of_u, size_u))
+    rounding_x, rounding_u = (
+        jnp.maximum(eps * terms_x, noise_x),
+        jnp.maximum(eps * terms_u, noise_u),
+    )
     return Local(
         expanded=expanded,
         H=H,
@@ -190,6 +202,6 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout) -> Local:
         clamped=held,
         error=error,
         dual=dual,
-        rounding=lanes.eps(x) * jnp.maximum(most(terms_u, size_u), most(terms_x, size_x)),
+        rounding=jnp.maximum(most(rounding_u, size_u), most(rounding_x, size_x)),
         finite=finite,
     )

@@ -134,7 +134,7 @@ def trip(problem: Problem, data: Data, options: Options, carry: Carry) -> tuple[
     """Evaluate the trajectory, judge it, and step from it."""
     s = carry.search
     layout, running = layout_of(s.at.values.g, s.at.u), carry.status == RUNNING
-    here = evaluated(problem, data, s, layout)
+    here = evaluated(problem, data, s, layout, carry.evaluation.linearization.factors.K)
     judged = judge(data, options, s, here)
     step = propose(
         data, options, s, here, layout, judged.tau, judged.measures, ~running | judged.ends
