@@ -258,6 +258,11 @@ class Constraints:
         Solutions are differentiable in them (between equal ones, half goes to each).
       multipliers: where the search starts: those of a solution nearby, as u_init is its plan. It
         starts at 0 by default, and where an entry is None.
+      x_size, u_size: how large the states and the controls get, in their units, ≥ 0, broadcast to
+        [n] and [m]. The search measures them by that, and a row by Σ_j |G_ij| size_j. 0 or None: it
+        finds out by itself, from the plans that it comes by, bounds and curvature. Give them where
+        it takes long or fails for that: where nothing prices controls that no u_lower and u_upper
+        bound, say. The solution, and so its gradient, does not depend on them.
 
     The functions are differentiated twice, as cost and dynamics are, and may close over traced
     values.
@@ -303,6 +308,8 @@ class Constraints:
     multipliers: Multipliers | None = None
     x_lower: ArrayLike | None = None
     x_upper: ArrayLike | None = None
+    x_size: ArrayLike | None = None
+    u_size: ArrayLike | None = None
 
 
 @jax.tree_util.register_dataclass

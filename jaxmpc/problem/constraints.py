@@ -114,7 +114,29 @@ def with_constraints(
         lambda nu, lower, there: jnp.where(there, jnp.maximum(nu, lower), 0),
         start, prices.lower, present(prices),
     )  # fmt: skip
-    return problem, data._replace(prices=prices, unmoved=unmoved, multipliers=start)
+    known = _sizes(problem, data, constraints)
+    return problem, data._replace(prices=prices, unmoved=unmoved, multipliers=start, sizes=known)
+
+
+def _sizes(problem: Problem, data: Data, constraints: Constraints) -> Array | None:
+    """Those that the user gives; 0 for the others, None where there are none."""
+    n, m, dtype = problem.num_states, data.u_init.shape[1], data.x_init.dtype
+    x, u = (
+        None if value is None else validation.weight(
+            f"constraints.{name}", value, (size,), letter, finite=True
+        )
+        for name, value, size, letter in (
+            ("x_size", constraints.x_size, n, "[n]"), ("u_size", constraints.u_size, m, "[m]")
+        )
+    )  # fmt: skip
+    if x is None and u is None:
+        return None
+    x, u = (
+        jnp.zeros(size, dtype) if given is None else lax.stop_gradient(given).astype(dtype)
+        for given, size in ((x, n), (u, m))
+    )
+    before = [u] if len(data.x_init) > n else []  # with a rate, the control before is a state
+    return jnp.concatenate([x, *before, u])
 
 
 def _in_order(blocks: _Blocks):

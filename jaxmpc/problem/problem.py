@@ -55,8 +55,8 @@ class Problem(NamedTuple):
 
 class Data(NamedTuple):
     """Every array that the solution depends on, of one floating dtype where they are states,
-    controls or bounds. The solution does not depend on ``u_init``, ``x_guess`` and
-    ``multipliers``, but which one is found does."""
+    controls or bounds. The solution does not depend on ``u_init``, ``x_guess``, ``multipliers``
+    and ``sizes``, but which one is found does."""
 
     theta: Theta
     x_init: Array  # [n]
@@ -67,3 +67,5 @@ class Data(NamedTuple):
     multipliers: Rows  # where the search starts
     unmoved: Array  # [p] bool, the hard rows of the first stage that its control does not move
     x_guess: Array | None = None  # [T+1, n], where the states start; None: at the rollout
+    # [n+m], how large states and controls are; 0, or None for all: for the solver to find.
+    sizes: Array | None = None

@@ -107,6 +107,16 @@ ERRORS = {
         r"constraints.x_lower must be at most constraints.x_upper, got "
         r"constraints.x_lower\[3, 1\] = 0.5 and constraints.x_upper\[3, 1\] = 0.25",
     ),
+    "sizes of another shape": (
+        GOOD | dict(x_size=np.ones(3)),
+        ValueError,
+        r"constraints.x_size must broadcast to \[n\] = \[2\], got \[3\]",
+    ),
+    "a negative size": (
+        GOOD | dict(u_size=-1.0),
+        ValueError,
+        "constraints.u_size must be non-negative and finite, got -1.0",
+    ),
     "multipliers of the states at the stages alone": (
         dict(x_lower=0.0, multipliers=Multipliers(state=np.zeros((3, 2)))),
         ValueError,

@@ -66,6 +66,11 @@ class Local(NamedTuple):
     finite: Array
 
 
+def known_or(known: Array | None, found: Array) -> Array:
+    """The sizes [n+m] that the user knows, and those that are found where there are none."""
+    return found if known is None else jnp.where((known > 0) & (known < jnp.inf), known, found)
+
+
 def row_sizes(G: Rows, size_z: Array, g: Rows) -> Rows:
     """Σ_j |G_ij| size_j of every row, for states and controls of the given sizes [n+m]."""
     n = G.final.shape[1]
@@ -89,7 +94,8 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
     width = jnp.where(jnp.isfinite(high - low), high - low, 0)
     size_u = jnp.max(jnp.maximum(jnp.abs(u), width), axis=0)
     size_u = jnp.where(size_u > 0, size_u, measures.reach[n:])
-    size_z = jnp.concatenate([size_x, size_u])
+    size_z = known_or(data.sizes, jnp.concatenate([size_x, size_u]))
+    size_x, size_u = size_z[:n], size_z[n:]
     both = jnp.broadcast_to(jnp.concatenate([size_u, size_u]), (T, 2 * u.shape[1], *u.shape[2:]))
     sizes = Sizes(size_x, size_u, layout.pack(row_sizes(expanded.G, size_z, values.g), both))
 
@@ -98,6 +104,7 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
     weight = jnp.where(restoring, s.weight, measures.scale / sizes.some**2)
     at_first = jnp.max(jnp.abs(z_of(kept.x, kept.u)), axis=0)
     at_first = jnp.maximum(at_first, jnp.concatenate([measures.reach[:n], size_u]))
+    at_first = known_or(data.sizes, at_first)
     many = float(T * (n + u.shape[1]))
     near = _NEAR * (s.tau * T / FIRST) / many / jnp.where(at_first > 0, at_first, 1) ** 2
     near_x = near[:n]

@@ -13,7 +13,7 @@ from jaxmpc.riccati.rows import add_pull, add_squares
 from jaxmpc.riccati.sequential import row_freedom
 from jaxmpc.solver.interior import active_set, barrier
 from jaxmpc.solver.interior.barrier import Eliminated, Layout, Pairs
-from jaxmpc.solver.interior.local import Local, row_sizes
+from jaxmpc.solver.interior.local import Local, known_or, row_sizes
 from jaxmpc.solver.interior.newton import Direction, newton, nowhere
 from jaxmpc.solver.interior.state import FINISH, PROBE, RESTORE, Measures, Search, tiny_of
 from jaxmpc.types import Options
@@ -110,7 +110,7 @@ def propose(
         convex = jnp.where(kind == _EXACT, ~stands & ~(definite & exact), convex)
         measures = lax.cond(
             kind == _MEASURE,
-            lambda: lanes.select(measuring, _measured(s, here, layout, d, high - low), measures),
+            lambda: lanes.select(measuring, _measured(data, s, here, layout, d), measures),
             lambda: measures,
         )
         estimate = jnp.where(kind == _MEASURE, d.costate, estimate)
@@ -152,7 +152,7 @@ def propose(
     )
 
 
-def _measured(s: Search, here: Local, layout: Layout, d: Direction, width: Array) -> Measures:
+def _measured(data: Data, s: Search, here: Local, layout: Layout, d: Direction) -> Measures:
     """From the recursion without rows; what is to be gained, and how far that is away, from the
     probe alone."""
     values, sizes, expanded = s.at.values, here.sizes, here.expanded
@@ -161,6 +161,7 @@ def _measured(s: Search, here: Local, layout: Layout, d: Direction, width: Array
     T, n = expanded.F.shape[:2]
     gain = jnp.where(probing, jnp.maximum(-d.descent, 0), before.scale)
     # Where nothing prices a control, it is its bounds that say how far it goes.
+    width = data.u_upper - data.u_lower
     far = gain * jax.vmap(lanes.diagonal)(d.factors.Quu_inv)
     share = jnp.minimum(1, width / jnp.sqrt(jnp.where(far > 0, far, 1)))
     inverse = d.factors.Quu_inv * share[:, :, None] * share[:, None, :]
@@ -177,6 +178,7 @@ def _measured(s: Search, here: Local, layout: Layout, d: Direction, width: Array
     reach = jnp.where(probing, reach, before.reach)
     # What is 0 at first has the size of what it may become.
     size_z = jnp.maximum(jnp.concatenate([sizes.x, sizes.u]), reach)
+    size_z = known_or(data.sizes, size_z)
     grown = layout.rows_alone(row_sizes(expanded.G, size_z, values.g))
     some = jnp.where(probing & (grown > 0), grown, sizes.some)
     # Beyond the second, rounding in g would show in the multiplier.
