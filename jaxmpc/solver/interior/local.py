@@ -95,7 +95,8 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
     size_u = jnp.max(jnp.maximum(jnp.abs(u), width), axis=0)
     size_u = jnp.where(size_u > 0, size_u, measures.reach[n:])
     size_z = known_or(data.sizes, jnp.concatenate([size_x, size_u]))
-    size_x, size_u = size_z[:n], size_z[n:]
+    if data.sizes is not None:
+        size_x, size_u = size_z[:n], size_z[n:]
     both = jnp.broadcast_to(jnp.concatenate([size_u, size_u]), (T, 2 * u.shape[1], *u.shape[2:]))
     sizes = Sizes(size_x, size_u, layout.pack(row_sizes(expanded.G, size_z, values.g), both))
 
@@ -147,8 +148,13 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
     gradient = of_z[:, n:]
     of_x = jnp.concatenate([of_z[1:, :n], first.c_final[None]]) - costate[1:]
     held = jnp.where(s.fresh & ~s.last, s.held.clamped, clamped(gradient, u, low, high))
-    residual_u = jnp.max(jnp.where(held, 0, jnp.abs(gradient)), axis=0)
-    residual_x = jnp.max(jnp.abs(of_x), axis=0)
+
+    def largest(of_x, of_u):
+        """Along the plan, [n+m]."""
+        return jnp.max(jnp.concatenate([of_x, of_u], axis=1), axis=0)
+
+    off_x = jnp.abs(of_x)
+    residual = largest(off_x, jnp.where(held, 0, jnp.abs(gradient)))
     # What cancels: the cost, the rows and the dynamics, each by its size; and in the costates,
     # before the dynamics multiply them.
     size_c, size_final = add_pull(
@@ -160,38 +166,23 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
     size_F = jnp.abs(expanded.F)
     size_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(costate[1:]))
     size_costate = jnp.concatenate([size_costate[1:], size_final[None]])
-    terms_x = jnp.max(size_costate, axis=0)
-    terms_u = jnp.max(size_c[:, n:] + pull(size_F[:, :, n:], size_costate), axis=0)
-    floor = jnp.where(probing, 0, 1e-3 * measures.scale)
+    terms = largest(size_costate, size_c[:, n:] + pull(size_F[:, :, n:], size_costate))
     # What one rounding of every state and control makes of the residuals is no error. Along a
     # rollout the controls answer those of the states.
-    answer = jax.vmap(lanes.matvec)(jnp.abs(jnp.where(finishing, K, 0)), jnp.abs(x[:-1]))
+    size_K = jnp.abs(jnp.where(finishing, K, 0))
+    answer = jax.vmap(lanes.matvec)(size_K, jnp.abs(x[:-1]))
     bends = jax.vmap(lanes.matvec)(jnp.abs(H), z_of(jnp.abs(x), jnp.abs(u) + answer))
     ends = lanes.matvec(jnp.abs(H_final), jnp.abs(x[-1]))
-    noise_x = eps * jnp.max(jnp.concatenate([bends[1:, :n], ends[None]]), axis=0)
-    noise_u = eps * jnp.max(bends[:, n:], axis=0)
-
-    def relative(residual, noise, terms, size):
-        terms = jnp.maximum(terms, floor / jnp.maximum(size, tiny))
-        return jnp.max(jnp.maximum(residual - noise, 0) / jnp.maximum(terms, tiny), axis=0)
-
-    off = jnp.max(active_set.gaps(plain, g, state) / sizes.some, axis=0)
-    error = jnp.maximum(relative(residual_u, noise_u, terms_u, size_u), off)
-    error = jnp.maximum(error, relative(residual_x, noise_x, terms_x, size_x))
+    noise = eps * largest(jnp.concatenate([bends[1:, :n], ends[None]]), bends[:, n:])
+    least = jnp.where(probing, 0, 1e-3 * measures.scale) / jnp.maximum(size_z, tiny)
+    shares = jnp.maximum(residual - noise, 0) / jnp.maximum(jnp.maximum(terms, least), tiny)
+    error = jnp.max(active_set.gaps(plain, g, state) / sizes.some, axis=0)
+    error = jnp.maximum(jnp.max(shares, axis=0), error)
     finite = all_finite((x, values, first.costate, H, H_final, expanded.F, expanded.G), s.tau.ndim)
 
     # The same with the multipliers of the bounds, in units of the objective.
     upper, lower = layout.bounds(nu)
-    of_u = jnp.max(jnp.where(low < high, jnp.abs(gradient + upper - lower), 0), axis=0)
-
-    def most(force, size):
-        return jnp.max(force * size, axis=0)
-
-    dual = jnp.maximum(most(residual_x, size_x), most(of_u, size_u))
-    rounding_x, rounding_u = (
-        jnp.maximum(eps * terms_x, noise_x),
-        jnp.maximum(eps * terms_u, noise_u),
-    )
+    off_u = jnp.where(low < high, jnp.abs(gradient + upper - lower), 0)
     return Local(
         expanded=expanded,
         H=H,
@@ -208,7 +199,7 @@ def evaluated(problem: Problem, data: Data, s: Search, layout: Layout, K: Array)
         gradient=gradient,
         clamped=held,
         error=error,
-        dual=dual,
-        rounding=jnp.maximum(most(rounding_u, size_u), most(rounding_x, size_x)),
+        dual=jnp.max(largest(off_x, off_u) * size_z, axis=0),
+        rounding=jnp.max(jnp.maximum(eps * terms, noise) * size_z, axis=0),
         finite=finite,
     )
