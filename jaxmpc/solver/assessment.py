@@ -84,7 +84,7 @@ def assess(
     rest = 4 * lanes.eps(u) * jnp.sqrt(curvature) * jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
     # What is not finite in F, c or G makes the gradients so, be it multiplied by 0.
-    shown = (at.x, at.costs, first.costate, gradient)
+    shown = (at.x, at.costs, first.costate, gradient, terms)
     return Assessment(
         first=first,
         gradient=gradient,

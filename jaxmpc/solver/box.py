@@ -111,12 +111,14 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     here = assess(data, at, expanded, data.multipliers, (s.costate, s.led))
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
-    # Across gaps the costates mean nothing, and may overflow.
+    # Across gaps the costates mean nothing, and may overflow: nothing is small there.
     gaping = ~lanes.every(at.gaps == 0, 2)
     known = all_finite((at.costs, at.gaps), running.ndim)
     here = here._replace(
         finite=jnp.where(gaping, known, here.finite),
         residual=jnp.where(gaping, jnp.inf, here.residual),
+        size=jnp.where(gaping, 0, here.size),
+        rest=jnp.where(gaping, 0, here.rest),
     )
 
     # Judge.
@@ -169,7 +171,9 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
 
     # Record.
     moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
-    raised = jnp.maximum(s.regularization * _FACTOR, _FIRST_REGULARIZATION)
+    # Where a step led out of range, it may have lowered the regularization before that was seen.
+    factor = jnp.where(judged.back & ~judged.finite, _FACTOR**2, _FACTOR)
+    raised = jnp.maximum(s.regularization * factor, _FIRST_REGULARIZATION)
     lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization / _FACTOR, 0)
     too_much = raised > _MAX_REGULARIZATION
     exhausted = (failed & (length.hopeless | too_much)) | (judged.back & too_much)
