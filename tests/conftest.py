@@ -61,6 +61,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+def pytest_collection_finish(session):
+    """Of a process of several: it finds the group of a test in its id, if it does at all."""
+    if getattr(session.config.option, "loadgroup", False):
+        apart = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        assert not apart, f"pytest-xdist does not keep groups of tests together: {apart[0]}"
+
+
 @pytest.fixture
 def quick_compilation():
     """Few optimizations with ``--optimized``, too: for what would take long for no other reason."""
