@@ -35,6 +35,9 @@ def pytest_configure(config):
         # By trial, what the gradient of a plan takes to compile: 5.7 s, then 4.4, then 1.6.
         settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         flags.append("--xla_cpu_parallel_codegen_split_count=1")
+        # What is left of optimizing, and takes a seventh of the time.
+        loops = ("while-loop-invariant-code-motion", "simplify-while-loops")
+        flags.append(f"--xla_disable_hlo_passes={','.join(loops)}")
         if version("jaxlib").startswith("0.10."):  # later ones do not know it
             flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ.get("XLA_FLAGS", "").split()  # a worker of xdist has them from its parent
