@@ -108,7 +108,7 @@ def assert_gradients_close(got, want, rtol):
     assert_close(got, want, rtol, scale=scale)
 
 
-QUICK = ["soft", "everything", "state bounds"]
+QUICK = ["soft", "everything"]
 each_problem = pytest.mark.parametrize(
     "name",
     QUICK + [pytest.param(n, marks=pytest.mark.slow) for n in PROBLEMS if n not in QUICK],

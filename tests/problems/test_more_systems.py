@@ -1,7 +1,5 @@
 """Acrobot, quadrotor and car against mechanics, and through the solver."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,9 +243,6 @@ def loss(out):
     return jnp.sum((out["u"] - weights) ** 2) + 0.3 * jnp.sum(jnp.sin(out["x"]))
 
 
-slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
 @pytest.mark.slow  # the gradients of pendulum and cartpole are quick
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_sampled_start_converges_and_gradients_match_dense_autodiff(name):
@@ -282,7 +277,8 @@ def test_every_sampled_start_converges_and_gradients_match_dense_autodiff(name):
     assert_close(*physics, 1e-8, scale=max(map(np.abs, physics[1])))
 
 
-@pytest.mark.parametrize("name", ["quadrotor", slow("acrobot"), slow("car")])
+@pytest.mark.slow  # that of the pendulum is quick
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_every_sampled_start_converges_in_float32(name):
     system, T = SYSTEMS[name]
     u_lower, u_upper = (b.astype(jnp.float32) for b in bounds(system, T))

@@ -59,7 +59,7 @@ def want():
     )
 
 
-@pytest.mark.parametrize("hessian", ["exact", "ilqr"])
+@pytest.mark.parametrize("hessian", ["exact", pytest.param("ilqr", marks=pytest.mark.slow)])
 def test_the_plan_is_that_of_the_closed_form(want, hessian):
     options = Options(hessian=hessian)
     got = mpc_solve(

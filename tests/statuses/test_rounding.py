@@ -37,6 +37,7 @@ def test_a_plan_right_to_rounding_has_converged_whatever_the_unit_of_its_cost():
         assert np.max(off) < 1e-6  # H has a condition of up to 1e8
 
 
+@pytest.mark.slow  # a sample of the campaign says the same of many problems
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_the_unit_of_the_cost_changes_no_bit(dtype):
     x_init = cartpole.sample_states(jax.random.key(0), COUNT, dtype)

@@ -157,7 +157,6 @@ DIFFERENTIABLE = {
 
 # What is looked at each time; the rest is slow to trace, and made of the same parts.
 QUICK = {
-    ("mpc_solve", SMALL),
     ("mpc_solve", LARGE),
     ("constraints", LARGE),
     ("Quadratic and Affine", LARGE),

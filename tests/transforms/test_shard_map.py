@@ -97,7 +97,7 @@ def inputs():
     "solve",
     [
         bounded,
-        lqr,
+        pytest.param(lqr, marks=pytest.mark.slow),
         pytest.param(unrolled, marks=pytest.mark.slow),
         pytest.param(same_start, marks=pytest.mark.slow),
         pytest.param(constrained, marks=pytest.mark.slow),
