@@ -1,6 +1,8 @@
 """Constrained plans and their gradients where both are known: in closed form, or as the solution of
 one dense linear system."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,32 +61,40 @@ def dense(x_init, limit, active):
     return u, nu, near + G @ u
 
 
+@functools.cache
+def there_and_back_and_what_is_right():
+    """Slopes and plans of a batch, beside those of the dense system; a share of the loss is that of
+    the multipliers."""
+    of_u, of_nu = jnp.asarray(np.random.default_rng(1).normal(size=(2, T)))
+
+    def loss(x_init, limit, share):
+        z = there_and_back(x_init, limit)
+        nu = z.multipliers.inequality[:, 0]
+        return z.u[:, 0] @ of_u + share * (nu @ of_nu), z
+
+    def want(x_init, limit, share, active):
+        u, nu, left = dense(x_init, limit, active)
+        return u @ of_u + share * (nu @ of_nu), (u, nu, left)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, None))
+    def both(*inputs):
+        slope, z = jax.grad(loss, (0, 1), has_aux=True)(*inputs)
+        active = z.multipliers.inequality[:, 0] > 0
+        want_slope, right = jax.grad(want, (0, 1), has_aux=True)(*inputs, active)
+        return slope, z, want_slope, right
+
+    return both
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["plan", "plan and multipliers"])
 def test_there_and_back_below_a_limit(share):
     N = 32
     rng = np.random.default_rng(0)
     limits = jnp.asarray(rng.uniform(0.06, 0.2, N))
     starts = jnp.stack([jnp.zeros(N), jnp.asarray(1 + 0.1 * rng.normal(size=N))], 1)
-    of_u, of_nu = jnp.asarray(np.random.default_rng(1).normal(size=(2, T)))
-
-    def loss(x_init, limit):
-        z = there_and_back(x_init, limit)
-        nu = z.multipliers.inequality[:, 0]
-        return z.u[:, 0] @ of_u + share * (nu @ of_nu), z
-
-    def want(x_init, limit, active):
-        u, nu, left = dense(x_init, limit, active)
-        return u @ of_u + share * (nu @ of_nu), (u, nu, left)
-
-    @jax.jit
-    @jax.vmap
-    def both(x_init, limit):
-        slope, z = jax.grad(loss, (0, 1), has_aux=True)(x_init, limit)
-        active = z.multipliers.inequality[:, 0] > 0
-        want_slope, right = jax.grad(want, (0, 1), has_aux=True)(x_init, limit, active)
-        return slope, z, want_slope, right
-
-    slope, z, want_slope, (u, nu, left) = both(starts, limits)
+    both = there_and_back_and_what_is_right()
+    slope, z, want_slope, (u, nu, left) = both(starts, limits, share)
     assert np.all(np.asarray(z.status) == Status.CONVERGED)
     # The program is convex: what meets all conditions is its minimum.
     assert np.min(nu) >= -1e-9

@@ -49,18 +49,44 @@ INPUTS = {
 }
 
 
+def equations(jaxpr):
+    """The names of all that a jaxpr does, the insides of its linear solves left out."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        yield name
+        if name != "custom_linear_solve":
+            for value in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr")
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def jacobians(run, reverse, inputs):
+    """By pushing forward, by the transpose of that, and by the rule of reverse mode. Pushing
+    forward is one linear solve with stored factors, and no iteration of the solver."""
+    _, push = jax.linearize(run, inputs)
+    found = list(equations(jax.make_jaxpr(push)(inputs).jaxpr))
+    assert found.count("custom_linear_solve") == 1
+    assert "while" not in found
+    return jax.jacfwd(push)(inputs), jax.jacrev(push)(inputs), jax.jacrev(reverse)(inputs)
+
+
 def test_a_plan_between_bounds_has_the_jacobians_of_reverse_mode():
     """Of all that comes back, in all that it depends on."""
-    free = jax.jit(plan)(INPUTS).free
+
+    @jax.jit
+    def found(inputs):
+        def of(options):
+            return lambda inputs: outputs(plan(inputs, options))
+
+        return jacobians(of(FORWARD), of(REVERSE), inputs), plan(inputs).free
+
+    (forth, back, want), free = found(INPUTS)
     assert 0 < np.mean(free) < 1
-
-    def of(options):
-        return lambda inputs: outputs(plan(inputs, options))
-
-    want = jax.jit(jax.jacrev(of(REVERSE)))(INPUTS)
-    assert_close(jax.jit(jax.jacfwd(of(FORWARD)))(INPUTS), want, 1e-12)
-    # Its transpose is reverse mode, too.
-    assert_close(jax.jit(jax.jacrev(of(FORWARD)))(INPUTS), want, 1e-12)
+    assert_close(forth, want, 1e-12)
+    assert_close(back, want, 1e-12)
 
 
 def moved(tree, seed=0):
@@ -130,9 +156,10 @@ def test_the_lqr_has_the_jacobians_of_reverse_mode(method):
 
         return run
 
-    want = jax.jit(jax.jacrev(of("vjp")))(problem)
-    assert_close(jax.jit(jax.jacfwd(of("jvp")))(problem), want, 1e-12, scale=10.0)
-    assert_close(jax.jit(jax.jacrev(of("jvp")))(problem), want, 1e-12, scale=10.0)
+    found = jax.jit(lambda problem: jacobians(of("jvp"), of("vjp"), problem))
+    forth, back, want = found(problem)
+    assert_close(forth, want, 1e-12, scale=10.0)
+    assert_close(back, want, 1e-12, scale=10.0)
 
 
 def of_the_lqr(derivative):
@@ -185,43 +212,6 @@ def test_third_derivatives_are_differences_of_the_hessian():
     hessian, h = jax.jit(jax.hessian(loss)), 1e-5
     want = [(hessian(theta + h * e) - hessian(theta - h * e)) / (2 * h) for e in jnp.eye(4)]
     assert_close(third, jnp.stack(want, -1), 1e-7)
-
-
-def equations(jaxpr):
-    """The names of all that a jaxpr does, the insides of its linear solves left out."""
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        yield name
-        if name != "custom_linear_solve":
-            for value in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "jaxpr")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
-@pytest.mark.parametrize("name", ["mpc_solve", "lqr_solve"])
-def test_a_tangent_is_one_linear_solve_with_stored_factors(name):
-    def of_mpc(x_init):
-        solution = plan(INPUTS | {"x_init": x_init})
-        return solution.x, solution.u
-
-    def of_lqr(x_init):
-        C, F = jnp.tile(jnp.eye(3), (T, 1, 1)), jnp.full((T, 2, 3), 0.3)
-        s = lqr_solve(x_init, C, jnp.ones((T, 3)), F, derivative="jvp")
-        return s.x, s.u
-
-    run, x_init = {
-        "mpc_solve": (of_mpc, INPUTS["x_init"]),
-        "lqr_solve": (of_lqr, jnp.ones(2)),
-    }[name]
-    _, pushed = jax.linearize(jax.jit(run), x_init)
-    jaxpr = jax.jit(pushed).trace(x_init).jaxpr
-    found = list(equations(jaxpr.jaxpr))
-    assert found.count("custom_linear_solve") == 1
-    assert "while" not in found  # no iteration of the solver
-    assert_close(pushed(x_init), jax.jvp(run, (x_init,), (x_init,))[1], 1e-13)
 
 
 def of_the_good(tree):

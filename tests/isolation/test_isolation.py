@@ -1,5 +1,6 @@
 """Batches: each problem as if it were alone, whatever happens to the others."""
 
+import functools
 import re
 
 import jax
@@ -31,12 +32,18 @@ def starts(num):
     return jax.vmap(pendulum.state)(jnp.pi * angle, rate)
 
 
+def parts(s):
+    """Of a problem's loss: everything that is differentiable."""
+    values = jnp.sum(jnp.sin(s.u)), jnp.sum(s.x**2), 0.1 * jnp.sum(jnp.cos(s.costate)), s.objective
+    return jnp.stack(values)
+
+
 def loss(solutions, counts):
     """Of a batch; only the problems that count contribute."""
-    each = jnp.sum(jnp.sin(solutions.u), (1, 2)) + jnp.sum(solutions.x**2, (1, 2))
-    return jnp.sum(jnp.where(counts, each + solutions.objective, 0))
+    return jnp.sum(jnp.where(counts, jnp.sum(jax.vmap(parts)(solutions), 1), 0))
 
 
+@pytest.mark.slow  # values and gradients are compared in test_transforms
 def test_a_batch_with_mixed_convergence_equals_a_loop():
     x_init = starts(8)
     # Few iterations: some problems converge and some do not.
@@ -63,17 +70,27 @@ BAD = {
 GOOD = np.array([True, True, False, True, True, False, True, True])
 
 
-@pytest.mark.parametrize("policy", ["zero", "implicit"])
-def test_bad_problems_change_neither_solutions_nor_shared_gradients(policy):
-    options = Options(unconverged=policy)
+@functools.cache
+def shared_gradient(policy):
+    """(x_init, counts, max_iterations) -> the gradient in what the problems share, the solutions"""
 
     @jax.jit
-    def run(x_init, counts):
+    def run(x_init, counts, max_iterations):
+        options = Options(max_iterations=max_iterations, unconverged=policy)
+
         def total(params):
             solutions = jax.vmap(lambda x: solve(x, params, options=options))(x_init)
             return loss(solutions, counts), solutions
 
         return jax.grad(total, has_aux=True)(weighted())
+
+    return run
+
+
+@pytest.mark.parametrize("policy", ["zero", "implicit"])
+def test_bad_problems_change_neither_solutions_nor_shared_gradients(policy):
+    def run(x_init, counts):
+        return shared_gradient(policy)(x_init, counts, 200)
 
     x_init, everything = starts(8), np.ones(8, bool)
     want, alone = run(x_init, GOOD)
@@ -90,17 +107,11 @@ def test_bad_problems_change_neither_solutions_nor_shared_gradients(policy):
 
 
 def test_a_bad_problem_that_the_loss_does_count_gives_no_gradient():
-    @jax.jit
-    def run(x_init):
-        def total(params):
-            u = jax.vmap(lambda x: solve(x, params).u)(x_init)
-            return jnp.sum(jnp.sin(u), (1, 2))  # the plan of a bad problem is u_init: finite
-
-        return jax.jacrev(total)(weighted())
-
-    jacobian = run(BAD["nan"](starts(8))).physics.l
-    assert np.all(np.asarray(jacobian)[~GOOD] == 0)
-    assert np.all(np.asarray(jacobian)[GOOD] != 0)
+    x_init = BAD["nan"](starts(8))
+    for good, alone in zip(GOOD, np.eye(8, dtype=bool), strict=True):
+        grad, _ = shared_gradient("zero")(x_init, alone, 200)
+        assert np.all(np.isfinite(grad.physics))
+        assert (grad.physics.l != 0) == good
 
 
 SINGULAR_SOMEWHERE = {
@@ -164,10 +175,12 @@ def test_a_bad_problem_alone_has_a_zero_gradient():
         s = mpc_solve(cost, lambda x, u, t, w: x + 0.1 * u, x, jnp.zeros((3, 2)), w)
         return jnp.sum(s.u)
 
-    assert jax.jit(jax.grad(run))(1.0, jnp.full(2, jnp.nan)) == 0
-    per_problem = jax.jit(jax.grad(lambda w, xs: jnp.sum(jax.lax.map(lambda x: run(w, x), xs))))
-    x_init = jnp.array([[0.1, 0.2], [jnp.nan, 0.0]])
-    assert_close(per_problem(1.0, x_init), per_problem(1.0, x_init[:1]), 1e-12)
+    # One after the other, each without a batch.
+    slope = jax.jit(jax.grad(lambda w, xs: jnp.sum(jax.lax.map(lambda x: run(w, x), xs))))
+    good, bad = np.array([0.1, 0.2]), np.array([np.nan, 0.0])
+    assert slope(1.0, np.stack([bad, np.full(2, np.nan)])) == 0
+    assert_close(2 * slope(1.0, np.stack([good, bad])), slope(1.0, np.stack([good] * 2)), 1e-12)
+    assert slope(1.0, np.stack([good, bad])) != 0
 
 
 def test_a_nan_in_a_problems_own_parameters_stays_there():
@@ -212,39 +225,40 @@ def test_traced_infeasible_bounds_are_a_status_of_their_problem():
         return jax.grad(total, has_aux=True)(weighted())
 
     counts = np.array([True, False, True, False])
-    want, alone = run(jnp.full(4, 2.0), counts)
-    grad, solutions = run(jnp.array([2.0, -1.0, 2.0, jnp.nan]), counts)
+    want, alone = run(np.full(4, 2.0), counts)
+    grad, solutions = run(np.array([2.0, -1.0, 2.0, np.nan]), counts)
     assert list(np.asarray(solutions.status)) == [0, Status.INFEASIBLE, 0, Status.INFEASIBLE]
     assert_close(solutions.u[counts], alone.u[counts], 1e-12)
     assert_close(grad, want, 1e-12)
 
 
 def test_the_policies_for_the_unconverged():
-    def derivatives(policy):
-        """Per problem, those of x, u, costate and objective in g."""
-        options = Options(max_iterations=3, unconverged=policy)
+    """In the derivatives of each problem in g, by counting it alone, or part by part."""
 
-        def one(x, g):
-            def values(g):
-                params = weighted()
-                params = params._replace(physics=params.physics._replace(g=g))
-                s = solve(x, params, options=options)
-                parts = [jnp.sum(jnp.sin(a)) for a in (s.x, s.u, s.costate, s.objective)]
-                return jnp.stack(parts), s.status
+    def of(policy):
+        run = shared_gradient(policy)
+        found = [run(starts(8), alone, 3)[0].physics.g for alone in np.eye(8, dtype=bool)]
+        return np.stack(found)
 
-            return jax.jacrev(values, has_aux=True)(g)
+    @jax.jit
+    @jax.vmap
+    def by_parts(x):
+        def values(g):
+            params = weighted()
+            params = params._replace(physics=params.physics._replace(g=g))
+            s = solve(x, params, options=Options(max_iterations=3, unconverged="nan"))
+            return parts(s), s.status
 
-        jacobian, status = jax.jit(jax.vmap(one, (0, None)))(starts(8), 10.0)
-        return np.asarray(jacobian), np.asarray(status) == Status.CONVERGED
+        return jax.jacrev(values, has_aux=True)(10.0)
 
-    zero, converged = derivatives("zero")
+    nan, status = map(np.asarray, by_parts(starts(8)))
+    converged = status == Status.CONVERGED
     assert 0 < np.mean(converged) < 1
-    assert np.all(zero[~converged] == 0)
-    assert np.all(zero[converged] != 0)
-    nan, _ = derivatives("nan")
     assert np.all(np.isnan(nan[~converged]))
-    assert_close(nan[converged], zero[converged], 1e-12)
-    implicit, _ = derivatives("implicit")
+    assert np.all(nan[converged] != 0)
+    zero, implicit = of("zero"), of("implicit")
+    assert np.all(zero[~converged] == 0)
+    assert_close(zero[converged], nan[converged].sum(1), 1e-12)
     assert np.all(np.isfinite(implicit))
     assert np.all(implicit != 0)
     assert_close(implicit[converged], zero[converged], 1e-12)
@@ -287,7 +301,7 @@ def test_shared_weights_have_no_gradient_per_problem_in_memory():
     "tolerance",
     [
         pytest.param(None, id="default", marks=pytest.mark.slow),
-        pytest.param(1e-30, id="out of reach"),
+        pytest.param(1e-30, id="out of reach", marks=pytest.mark.slow),  # so is test_waiting's
     ],
 )
 def test_what_waits_for_the_others_stays_what_it_was(tolerance):

@@ -33,8 +33,19 @@ def episode(g=10.0, x_init=X_INIT, plant=plant):
     )  # fmt: skip
 
 
+@functools.cache
+def program():
+    """(g, x_init) -> a loss, the episode, and the loss's gradient."""
+
+    def loss(g, x_init):
+        e = episode(g, x_init)
+        return jnp.sum(jnp.sin(e.x)) + jnp.sum(e.u**2) + jnp.sum(e.costs), e
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
 def test_it_is_the_loop_of_solves():
-    got = episode()
+    (_, got), _ = program()(10.0, X_INIT)
     solve = jax.jit(
         lambda x, u: mpc_solve(pendulum.cost, pendulum.dynamics, x, u, PARAMS, **BOUNDS)
     )
@@ -52,27 +63,22 @@ def test_it_is_the_loop_of_solves():
     assert np.all(np.asarray(got.iterations[1:]) < int(got.iterations[0]) + 1)
 
 
-def test_the_plant_is_the_model_by_default():
-    got = episode(plant=None)
-    for k in range(N):
-        assert_close(got.x[k + 1], pendulum.dynamics(got.x[k], got.u[k], k, PARAMS), 1e-12)
-
-
 def test_the_gradient_is_that_of_finite_differences():
-    @jax.jit
-    def loss(theta):
-        e = episode(theta[0], pendulum.state(theta[1], 0.5))
-        return jnp.sum(jnp.sin(e.x)) + jnp.sum(e.u**2) + jnp.sum(e.costs)
+    def loss(g, x_init):
+        (value, _), _ = program()(g, x_init)
+        return value
 
-    theta = jnp.array([10.0, 2.0])
-    grad = jax.jit(jax.grad(loss))(theta)
-    h = 1e-5
-    want = jnp.stack([(loss(theta + h * e) - loss(theta - h * e)) / (2 * h) for e in jnp.eye(2)])
-    assert_close(grad, want, 1e-6)
+    g, h = 10.0, 1e-5
+    _, (in_g, in_x_init) = program()(g, X_INIT)
+    assert_close(in_g, (loss(g + h, X_INIT) - loss(g - h, X_INIT)) / (2 * h), 1e-6)
+    steps = h * np.eye(3)
+    want = [(loss(g, X_INIT + e) - loss(g, X_INIT - e)) / (2 * h) for e in steps]
+    assert_close(in_x_init, jnp.stack(want), 1e-6)
 
 
 def test_the_stage_index_is_that_of_the_episode():
-    """Tracking of a ramp that starts late: only absolute time gets there."""
+    """Tracking of a ramp that starts late: only absolute time gets there. The plant is the model
+    by default."""
     reference = jnp.concatenate([jnp.zeros(6), jnp.arange(1.0, 20.0)])
 
     def cost(x, u, t, reference):
@@ -82,12 +88,15 @@ def test_the_stage_index_is_that_of_the_episode():
         cost, lambda x, u, t, p: x + u, jnp.zeros(1), jnp.zeros((4, 1)), reference, num_steps=12
     )
     assert_close(e.x[1:, 0], reference[1:13], 1e-3)
+    assert_close(e.x[1:], e.x[:-1] + e.u, 1e-14)
 
 
+@pytest.mark.slow  # test_closed_loop_isolation has more of them
 def test_a_batch_with_a_bad_start():
     x_init = jnp.stack([X_INIT, jnp.full(3, jnp.nan)])
     e = jax.vmap(lambda x: episode(x_init=x))(x_init)
-    assert_close(e.x[0], episode().x, 1e-9)
+    (_, alone), _ = program()(10.0, X_INIT)
+    assert_close(e.x[0], alone.x, 1e-9)
     assert np.all(np.asarray(e.status[1]) == Status.NONFINITE)
 
 

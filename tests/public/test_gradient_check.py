@@ -46,12 +46,6 @@ def test_the_papers_hessian_is_found_out():
     assert all("defined by hand" in reason for reason in found.values())
 
 
-def test_a_plan_that_is_none():
-    report = check(u_lower=-2.0, u_upper=2.0, options=Options(max_iterations=1))
-    assert report.status == Status.MAX_ITERATIONS
-    assert "not converged at the plan" in reasons(report)["params.physics.g"]
-
-
 def scalar(cost, theta, **kwargs):
     """One stage whose plan is the minimiser of cost(u, theta)."""
     return check_gradients(
@@ -59,6 +53,12 @@ def scalar(cost, theta, **kwargs):
         lambda x, u, t, theta: 0.5 * x,
         jnp.ones(1), jnp.zeros((1, 1)), {"a": theta}, **kwargs,
     )  # fmt: skip
+
+
+def test_a_plan_that_is_none():
+    report = scalar(lambda u, a: (u - a) ** 4 + u**2, 1.0, options=Options(max_iterations=1))
+    assert report.status == Status.MAX_ITERATIONS
+    assert "not converged at the plan" in reasons(report)["params['a']"]
 
 
 def test_a_bound_just_where_the_plan_would_be():

@@ -52,6 +52,7 @@ def brakes_at_once(solution, slope):
     assert_close(solution.initial_violation, BEYOND, 1e-7)
 
 
+@pytest.mark.slow  # it goes the same way beside other rows, and in closed loop
 def test_a_first_state_past_its_limit_is_no_failure():
     solution, slope = solved(Constraints(inequality=speeding))
     brakes_at_once(solution, slope)
@@ -64,6 +65,10 @@ def test_an_equality_that_the_first_state_breaks_neither_and_soft_rows_keep_thei
     constraints = Constraints(equality=speeding, inequality=speeding, slack=Slack(linear=PRICE))
     solution, slope = solved(constraints)
     brakes_at_once(solution, slope)
+    assert np.all(np.asarray(solution.multipliers.equality[:, 0]) == 0)
+    for row in (solution.violations.equality, solution.violations.inequality):
+        assert_close(row[:, 0, 0], BEYOND, 1e-7)
+        assert np.max(row[:, 1:]) <= 1e-9
     paid = solution.objective - jax.vmap(costs)(solution.x, solution.u)
     assert_close(paid, PRICE * BEYOND, 1e-9)
 

@@ -4,6 +4,7 @@ Optimality is checked by that of convex functions, 0 in the subdifferential, on 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,18 +55,21 @@ def with_kinks():
     )  # fmt: skip
 
 
+@jax.jit
+@functools.partial(jax.jacrev, has_aux=True)
 def split(weight):
-    """u = a − b with a, b ≥ 0, at the price w (a + b)."""
+    """How u moves with w, u, and the solution: u = a − b with a, b ≥ 0, at the price w (a + b)."""
     s = mpc_solve(
         lambda x, ab, t, weight: stage(x, ab[:1] - ab[1:]) + weight * jnp.sum(ab),
         lambda x, ab, t, weight: dynamics(x, ab[:1] - ab[1:], t, weight),
         jnp.asarray(X_INIT), jnp.full((T, 2), 0.1), weight, u_lower=0.0,
     )  # fmt: skip
-    return s.u[:, 0] - s.u[:, 1], s
+    u = s.u[:, 0] - s.u[:, 1]
+    return u, (u, s)
 
 
 def test_a_price_on_size_by_two_controls():
-    u, s = jax.jit(split)(WEIGHT)
+    got, (u, s) = split(WEIGHT)
     assert s.status == Status.CONVERGED
     assert s.iterations <= 8
     u = np.asarray(u)
@@ -77,7 +81,6 @@ def test_a_price_on_size_by_two_controls():
     # What is 0 stays so, and the others answer.
     want = np.zeros(T)
     want[moves] = -np.linalg.solve(H[np.ix_(moves, moves)], np.sign(u[moves]))
-    got = jax.jit(jax.jacrev(lambda weight: split(weight)[0]))(WEIGHT)
     assert_close(got, want, 1e-9)
 
 
@@ -115,7 +118,8 @@ def test_what_ends_at_a_kink_is_told(stalled):
     assert "kink" in text
     assert "rounding" not in text
     # It is near: the objective of the minimum is that of the split problem.
-    least = float(jax.jit(split)(WEIGHT)[1].objective)
+    _, (_, s) = split(WEIGHT)
+    least = float(s.objective)
     assert least <= stalled.objective <= 1.05 * least
 
 

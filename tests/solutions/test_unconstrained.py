@@ -32,8 +32,7 @@ from unconstrained_problems import (
     solved,
 )
 
-from jaxmpc import Options, Status, ilqr_box
-from jaxmpc.systems import cartpole
+from jaxmpc import Options, Status
 
 # What a solution says.
 
@@ -177,13 +176,6 @@ def test_a_float32_problem_ends_converged_or_with_nothing_left_to_gain(system):
     assert np.mean(status == Status.CONVERGED) > 0.95
 
 
-def test_no_dtype_is_promoted_implicitly():
-    inputs = inputs_of("pendulum", jnp.float32, count=2)
-    with jax.numpy_dtype_promotion("strict"):
-        solution = solve(model_of("pendulum"), inputs, Options())
-    assert np.all(solution.status == Status.CONVERGED)
-
-
 # Where it begins and how it goes on.
 
 
@@ -214,7 +206,7 @@ def test_the_objective_never_exceeds_that_of_the_start(system):
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("n, m, T", [(1, 1, 1), slow(3, 2, 6), (4, 3, 6), slow(3, 10, 4)])
+@pytest.mark.parametrize("n, m, T", [slow(1, 1, 1), slow(3, 2, 6), (4, 3, 6), slow(3, 10, 4)])
 def test_networks_of_any_shape_with_bounds_of_any_kind(n, m, T):
     inputs = network_inputs(n, m, T)
     solution = solve(NETWORK, inputs)
@@ -299,15 +291,7 @@ def test_of_a_thousand_starts_nearly_all_converge_and_none_falsely(system):
 
 def test_the_slowest_of_many_cartpoles_is_not_far_behind():
     """With ∇²cost alone, where the exact Hessian is not convex, the slowest took 52 iterations."""
-    params = cartpole.default_params()
-
-    def solve(x):
-        return ilqr_box(
-            cartpole.cost, cartpole.dynamics, x, jnp.zeros((20, 1)), params, u_lower=-100.0,
-            u_upper=100.0,
-        )  # fmt: skip
-
-    x_init = cartpole.sample_states(jax.random.key(5), 128)
-    s = jax.jit(jax.vmap(solve))(x_init)
-    assert np.all(s.status == Status.CONVERGED)
-    assert int(jnp.max(s.iterations)) <= 20
+    for seed in (5, 6):
+        s = solve(model_of("cartpole"), inputs_of("cartpole", seed=seed))
+        assert np.all(s.status == Status.CONVERGED)
+        assert np.max(s.iterations) <= 20

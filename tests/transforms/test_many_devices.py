@@ -1,5 +1,6 @@
 """Batches that are spread over devices, and over processes."""
 
+import functools
 import os
 import re
 import subprocess
@@ -28,9 +29,11 @@ def plans(params, x_init):
     return jax.vmap(plan)(x_init)
 
 
-def loss(params, x_init):
+@jax.jit
+@functools.partial(jax.value_and_grad, has_aux=True)
+def run(params, x_init):
     solution = plans(params, x_init)
-    return jnp.mean(jnp.sin(solution.u)) + jnp.mean(solution.x**2)
+    return jnp.mean(jnp.sin(solution.u)) + jnp.mean(solution.x**2), solution
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +49,28 @@ def problems():
 
 
 @pytest.fixture(scope="module")
-def spread(problems):
-    """The program that solves on all devices."""
-    return jax.jit(plans).lower(*problems[1]).compile()
-
-
-def test_plans_are_those_of_one_device_and_stay_where_they_are(problems, spread):
+def found(problems):
+    """By one device, and by all."""
     alone, on_all = problems
-    want, got = jax.jit(plans)(*alone), spread(*on_all)
+    return run(*alone), run(*on_all)
+
+
+def test_plans_are_those_of_one_device_and_stay_where_they_are(problems, found):
+    ((_, want), _), ((_, got), _) = found
     assert np.all(np.asarray(want.status) == Status.CONVERGED)
     assert_close((got.x, got.u, got.costate), (want.x, want.u, want.costate), 1e-12)
     assert np.array_equal(got.status, want.status)
-    assert got.u.sharding.is_equivalent_to(on_all[1].sharding, got.u.ndim)
+    assert got.u.sharding.is_equivalent_to(problems[1][1].sharding, got.u.ndim)
 
 
-def test_the_gradient_is_that_of_one_device(problems):
-    alone, on_all = problems
-    f = jax.jit(jax.value_and_grad(loss))
-    got = f(*on_all)
-    assert_close(got, f(*alone), 1e-12)
-    assert got[0].sharding.is_fully_replicated
+def test_the_gradient_is_that_of_one_device(found):
+    ((value, _), slope), ((got_value, _), got_slope) = found
+    assert_close((got_value, got_slope), (value, slope), 1e-12)
+    assert got_value.sharding.is_fully_replicated
 
 
-def test_no_device_waits_for_another(spread):
-    assert re.findall(COLLECTIVE, spread.as_text()) == []
+def test_no_device_waits_for_another(problems):
+    assert re.findall(COLLECTIVE, jax.jit(plans).lower(*problems[1]).compile().as_text()) == []
 
 
 def start(*arguments):

@@ -51,7 +51,7 @@ def reference():
     return jnp.stack(values), jnp.stack(grads)
 
 
-@pytest.mark.parametrize("f", [loss, closed_over])
+@pytest.mark.parametrize("f", [pytest.param(loss, marks=pytest.mark.slow), closed_over])
 def test_vmap_of_grad(f, reference):
     values, grads = jax.jit(jax.vmap(jax.value_and_grad(f), (None, 0)))(10.0, starts(6))
     assert_close((values, grads), reference, 1e-9)
@@ -91,11 +91,11 @@ def test_changing_a_number_in_the_options_does_not_retrace():
         return loss(10.0, starts(1)[0], options)
 
     base = Options(tolerance=1e-6, max_iterations=100)
-    run(base)
-    run(dataclasses.replace(base, tolerance=1e-8, max_iterations=50, line_search_decay=0.3))
-    run(dataclasses.replace(base, regularization=1e-3))
+    run.trace(base)
+    run.trace(dataclasses.replace(base, tolerance=1e-8, max_iterations=50, line_search_decay=0.3))
+    run.trace(dataclasses.replace(base, regularization=1e-3))
     assert traces == 1
-    run(dataclasses.replace(base, hessian="ilqr"))
+    run.trace(dataclasses.replace(base, hessian="ilqr"))
     assert traces == 2
 
 
