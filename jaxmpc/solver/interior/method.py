@@ -179,9 +179,13 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
 
     error = jnp.where(here.finite & finishing & ~s.fresh, here.error, jnp.inf)
     better = error <= _HALVES * s.error
+    # The least that the objective, in a restoration the cost of violation, still shows.
+    floor = eps * jnp.where(restoring, s.violation, scale) / T
+    floored = s.tau <= floor
     holds = jnp.sum(here.state.active, axis=0, dtype=jnp.int32)
     holds += jnp.sum(here.clamped, axis=(0, 1), dtype=jnp.int32)
-    fewer = holds < s.fewest
+    # Where the barrier can say no more of what is active, sets that shrink lead on, too.
+    fewer = floored & (holds < s.fewest)
     # Newton's step from a small error is worth its price: it ends at rounding.
     exact = (error <= jnp.minimum(goal, _EXACT * tolerance)) | ~better
     there = (error <= tolerance) & exact
@@ -202,8 +206,6 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
     enough = worst <= jnp.maximum(_SOLVED * s.tau, _ROUNDINGS * here.rounding)
     solved = inside & begun & (enough | s.still)
     lower_tau = jnp.minimum(_LINEAR * s.tau, s.tau * (s.tau * T / scale) ** (_POWER - 1))
-    # The least that the objective, in a restoration the cost of violation, still shows.
-    floor = eps * jnp.where(restoring, s.violation, scale) / T
     tau = jnp.where(solved, jnp.maximum(lower_tau, floor), s.tau)
     small_tau = tau <= _SMALL * FIRST * scale / T
     ended = s.leaving | out_of_time | ~here.finite
@@ -218,7 +220,7 @@ def judge(data: Data, options: Options, s: Search, here: Local) -> Judgement:
         solved=solved,
         tau=tau,
         at_least=s.tau <= jnp.maximum(_LEAST * tolerance * scale / T, floor),
-        floored=s.tau <= floor,
+        floored=floored,
         small_tau=small_tau,
         counts=counts,
         measures=probing | ((s.mode == INTERIOR) & solved & small_tau),

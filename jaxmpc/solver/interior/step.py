@@ -159,9 +159,10 @@ def _measured(data: Data, s: Search, here: Local, layout: Layout, d: Direction) 
     probing, before = s.mode == PROBE, s.measures
     eps, tiny = lanes.eps(values.costs), tiny_of(values.costs)
     T, n = expanded.F.shape[:2]
-    gain = jnp.where(probing, jnp.maximum(-d.descent, 0), before.scale)
-    # Where nothing prices a control, it is its bounds that say how far it goes.
-    width = data.u_upper - data.u_lower
+    gain = jnp.maximum(-d.descent, 0)
+    # Where nothing prices a control, it is its bounds that say how far it goes; later on they are
+    # among what the recursion is of.
+    width = jnp.where(probing, data.u_upper - data.u_lower, jnp.inf)
     far = gain * jax.vmap(lanes.diagonal)(d.factors.Quu_inv)
     share = jnp.minimum(1, width / jnp.sqrt(jnp.where(far > 0, far, 1)))
     inverse = d.factors.Quu_inv * share[:, :, None] * share[:, None, :]
