@@ -137,9 +137,28 @@ class System:
         self.mu = np.where(self.clamped, -of_z, 0)
         u, (low, high) = z[f.n * f.T :], (given[w].ravel() for w in ("u_lower", "u_upper"))
         self.at_high = self.clamped & (self.mu > 0)
+        # Of rows that depend on others, one of each lot is left out: the plan is the same.
+        self.redundant = self._redundant()
+        self.active &= ~self.redundant
+        self.y = *self.y[:2], np.where(self.active, self.y[2], 0)
         self.bound = np.where(self.at_high, high, low)
         self.bound = np.where(self.clamped, self.bound, u)
         self._solve_for()
+
+    def _redundant(self):
+        redundant = np.zeros(len(self.active), bool)
+        if not self.active.any():
+            return redundant
+        found = self._evaluated()
+        G = found[9][self.active]
+        E = np.eye(len(self.y[0]))[self.dense.family.n * self.dense.family.T :][self.clamped]
+        held = np.linalg.qr(np.concatenate([found[7], E]).T)[0]
+        left = G - (G @ held) @ held.T
+        left /= np.linalg.norm(G, axis=1, keepdims=True)
+        _, R, order = scipy.linalg.qr(left.T, pivoting=True, mode="economic")
+        rank = np.sum(np.abs(np.diag(R)) > 1e-8)
+        redundant[np.flatnonzero(self.active)[order[rank:]]] = True
+        return redundant
 
     def _evaluated(self):
         z, costate, nu = self.y
