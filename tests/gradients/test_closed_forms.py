@@ -131,7 +131,9 @@ def beside_a_free_one(c, s, b):
     return z.u[0, 0], z
 
 
-@pytest.mark.parametrize("fixed", [at_the_end, beside_a_free_one])
+@pytest.mark.parametrize(
+    "fixed", [pytest.param(at_the_end, marks=pytest.mark.slow), beside_a_free_one]
+)
 def test_controls_that_rows_fix(fixed):
     run = jax.vmap(jax.value_and_grad(fixed, 2, has_aux=True), (0, 0, None))
     c, s = (a.ravel() for a in SCALES)

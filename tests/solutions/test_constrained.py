@@ -104,6 +104,7 @@ def test_a_disc_in_the_way_in_float32():
     assert_close(low.objective, solutions.objective, 1e-4)
 
 
+@pytest.mark.slow  # beside IPOPT, and with such a limit of the rate, is `everything`
 def test_a_disc_in_the_way():
     solutions = around_the_disc(jnp.float64)
     errors_of = jax.jit(functools.partial(kkt_errors, SWERVE))

@@ -9,16 +9,14 @@ from helpers import assert_close
 from jaxmpc import Constraints, Status, mpc_solve
 
 
+@pytest.mark.slow  # the unit of a force goes the same way
 @pytest.mark.parametrize(
     "constraints",
     [
-        pytest.param(
-            Constraints(terminal_equality=lambda x, b: x - 1),
-            id="equality",
-            marks=pytest.mark.slow,  # so are those of a force
-        ),
-        pytest.param(Constraints(terminal_inequality=lambda x, b: 1 - x), id="inequality"),
+        Constraints(terminal_equality=lambda x, b: x - 1),
+        Constraints(terminal_inequality=lambda x, b: 1 - x),
     ],
+    ids=["equality", "inequality"],
 )
 def test_the_gain_of_a_control(constraints):
     """Five equal pushes b u of 1/5 lead to 1, however weak a unit of u is."""

@@ -160,7 +160,6 @@ QUICK = {
     ("mpc_solve", LARGE),
     ("constraints", LARGE),
     ("Quadratic and Affine", LARGE),
-    ("receding_horizon", SMALL),
     ("lqr_solve", LARGE),
     ("lqr_solve, parallel", SMALL),
 }
