@@ -7,7 +7,7 @@ An iterate is a rollout, or on the way to one: where the search begins at states
 dynamics have gaps, each step closes a share of them, and a full one closes them for good (DDP
 driven by feasibility; Mastalli et al. 2020, Crocoddyl). So it begins where the user guesses the
 states; and where nothing came of its start, such as a rollout of u_init that overflows or leads
-nowhere, it begins again with all states at x_init.
+nowhere, it begins again with all states at x_init; and if that leads nowhere, it goes back.
 """
 
 import functools
@@ -41,7 +41,9 @@ from jaxmpc.types import Action, Options, Record, Solution, Status
 
 # Relative to the curvature: where it begins once a step has failed, and what counts as none at all.
 _FIRST_REGULARIZATION, _MIN_REGULARIZATION, _MAX_REGULARIZATION = 1e-2, 1e-6, 1e6
-_FACTOR = 10.0  # by which it grows and falls
+# By what it grows where a step fails, or had to be short; and falls where the model was right, or
+# where the objective is all rounding and the residual still falls.
+_FAILED, _SHORTENED, _LOWERED, _FINE = 5.0, 3.0, 3.0, 100.0
 # By what the share of the dynamics' curvature grows and falls, and the least.
 _BEND_MORE, _BEND_LESS, _LEAST = 2.0, 4.0, 1e-3
 _SHORT = 0.2  # a step that had to be shortened so much means a model that needs regularization
@@ -172,32 +174,40 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     # Record.
     moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
     # Where a step led out of range, it may have lowered the regularization before that was seen.
-    factor = jnp.where(judged.back & ~judged.finite, _FACTOR**2, _FACTOR)
-    raised = jnp.maximum(s.regularization * factor, _FIRST_REGULARIZATION)
-    lowered = jnp.where(s.regularization > _MIN_REGULARIZATION, s.regularization / _FACTOR, 0)
+    factor = jnp.where(judged.back & ~judged.finite, _FAILED**2, _FAILED)
+    raised = s.regularization * jnp.where(moves, _SHORTENED, factor)
+    raised = jnp.maximum(raised, _FIRST_REGULARIZATION)
+    lowered = s.regularization / jnp.where(s.noisy, _FINE, _LOWERED)
+    lowered = jnp.where(lowered > _MIN_REGULARIZATION, lowered, 0)
     too_much = raised > _MAX_REGULARIZATION
+    # A second beginning that leads nowhere: back to where the first one got to, and on from there.
+    second = s.again & gaping
     exhausted = (failed & (length.hopeless | too_much)) | (judged.back & too_much)
+    returns = running & second & ~s.fresh & (exhausted | judged.back)
+    returns &= all_finite(s.before.costs, running.ndim)
     raise_it = failed | (moves & (length.alpha < _SHORT))
     # Where the objective is all rounding, the residual says whether the model was right. The least
     # one counts: back at an iterate it may be another, for want of the costates that led there.
     to_beat = jnp.where(s.drowned, jnp.minimum(here.residual, s.residual_before), here.residual)
     raise_it |= judged.back & ~no_better
-    lower_it = moves & (s.noisy | ~length.noisy & (length.alpha == 1))
+    lower_it = moves & (s.noisy | ~length.noisy & length.right)
+    regularization = jnp.where(lower_it, lowered, s.regularization)
+    regularization = jnp.where(raise_it, raised, regularization)
     more, less = jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)
     bending = jnp.where(definite(used.factors), more, less)
     after = Search(
-        at=lanes.select(judged.back, s.before, lanes.select(moves, new, at)),
+        at=lanes.select(judged.back | returns, s.before, lanes.select(moves, new, at)),
         evaluation=evaluation(data, here, expanded, H, H_final, factors, options),
-        before=lanes.select(moves, at, s.before),
+        before=lanes.select(moves & ~second, at, s.before),
         residual_before=jnp.where(moves, to_beat, s.residual_before),
-        regularization=jnp.where(raise_it, raised, jnp.where(lower_it, lowered, s.regularization)),
+        regularization=jnp.where(returns, _FIRST_REGULARIZATION, regularization),
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
         drowned=jnp.where(moves, length.noisy, s.drowned),
         costate=lanes.select(moves, costate, s.costate),
         led=jnp.where(moves, length.noisy, s.led & ~judged.back),
         finish=(judged.back & judged.small)
-        | (exhausted & ~verdict.escape)
+        | (exhausted & ~verdict.escape & ~returns)
         | forced
         | (no_better & s.finish),
         again=s.again,

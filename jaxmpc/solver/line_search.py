@@ -11,11 +11,13 @@ from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.stages import transition
 from jaxmpc.solver.iterate import Iterate
 
-_MAX_TRIES = 6  # step lengths tried in one search
+_MAX_TRIES = 12  # step lengths tried in one search
 _SUFFICIENT = 1e-4  # share of the predicted decrease that a step has to achieve
 # Multiple of a predicted rise, for gaps that close, that a step may cost: that at which the merit
 # objective + weight · |gaps|₁ falls by what is predicted, where half its weight pays for the rise.
 _RISE = 2.0
+# Share of the predicted decrease at which the model counts as right.
+_RIGHT = 0.25
 
 
 class Step(NamedTuple):
@@ -36,6 +38,7 @@ class Length(NamedTuple):
     alpha: Array  # the last step length that was tried
     noisy: Array  # the objective changed by rounding only
     hopeless: Array  # if it failed: a shorter step would not succeed either
+    right: Array  # a full step, and the objective fell as the model says
 
 
 def take_step(problem: Problem, data: Data, at: Iterate, step: Step, alpha: Array) -> Iterate:
@@ -118,9 +121,10 @@ def line_search(
         noisy = drowned & (tries == 0) & (jnp.abs(change) <= noise)
         noisy |= (tries == last) & (jnp.abs(change) <= noise / lanes.eps(noise) ** 0.5)
         noisy &= ~gaping
-        after = new, Length(falls | noisy, alpha, noisy, hopeless)
+        right = (alpha == 1) & (gaping | (change <= _RIGHT * predicted))
+        after = new, Length(falls | noisy, alpha, noisy, hopeless, right)
         return *lanes.select(unfinished(carry), after, (before, length)), tries + 1
 
-    start = (at, Length(no, jnp.zeros_like(noise), no, hopeless), jnp.int32(0))
+    start = (at, Length(no, jnp.zeros_like(noise), no, hopeless, no), jnp.int32(0))
     new, length, _ = lax.while_loop(lambda carry: jnp.any(unfinished(carry)), attempt, start)
     return new, length
