@@ -108,18 +108,25 @@ def expand(problem: Problem, theta: Theta, x: Array, u: Array) -> Expansion:
 
 
 @lanes.any_rank
-def first_order(expansion: Expansion, multipliers: Rows) -> FirstOrder:
-    """The gradients of the Lagrangian, from an expansion."""
+def first_order(expansion: Expansion, multipliers: Rows, K: Array | None = None) -> FirstOrder:
+    """The gradients of the Lagrangian, from an expansion.
+
+    With gains K [T, m, n] those of controls that answer by K (x_new − x): of what is added to them.
+    They vanish where the others do, and what the costates amplify is the closed loop's.
+    """
     c, _, F, c_final, _, G = expansion
     n = c_final.shape[0]
     c, c_final = add_pull(c, c_final, G, multipliers)
 
     def adjoint(costate, data):
-        c, A = data
-        costate = c + lanes.matvec_t(A, costate)
+        c, F, K = data
+        costate = c + lanes.matvec_t(F, costate)
+        if K is not None:
+            costate = costate[:n] + lanes.matvec_t(K, costate[n:])
         return costate, costate
 
-    _, costate = lax.scan(adjoint, c_final, (c[:, :n], F[:, :, :n]), reverse=True)
+    open_loop = c[:, :n], F[:, :, :n], None
+    _, costate = lax.scan(adjoint, c_final, open_loop if K is None else (c, F, K), reverse=True)
     costate = jnp.concatenate([costate, c_final[None]])
     pull = jax.vmap(lanes.matvec_t)(F[:, :, n:], costate[1:])
     return FirstOrder(c, c_final, costate, c[:, n:], pull)

@@ -16,7 +16,7 @@ from jaxmpc.solver.iterate import Iterate
 from jaxmpc.solver.rounding import hidden
 from jaxmpc.types import Options
 
-# So many roundings are allowed to what stands for costates.
+# By so many roundings costates under feedback may differ from those of the rollout.
 _COSTATE = 16.0
 
 
@@ -29,6 +29,7 @@ class Assessment(NamedTuple):
     kkt_residual: Array
     residual: Array  # the stricter one that convergence asks for
     size: Array  # of the terms that cancel in it
+    loose: Array  # under feedback, where nothing but rounding may be left of it
     rest: Array  # what gains nothing: a square of it over the curvature is lost in the objective
     finite: Array
 
@@ -38,37 +39,23 @@ def assess(
     at: Iterate,
     expanded: Expansion,
     multipliers: Rows,
-    led_to: tuple[Array, Array] | None = None,
+    feedback: Array | None = None,
 ) -> Assessment:
     """Hold an iterate against the first-order conditions, with the multipliers of the rows.
 
-    The costates are those of the rollout, or ``led_to`` (costates, where): those of the step that
-    led here, which answer by feedback, if they are costates here to rounding. A rollout's own carry
-    its rounding back, which an unstable plant amplifies on the way there and on the way back.
+    With ``feedback`` [T, m, n] the gradient is that of controls which answer by these gains, where
+    no bound holds them. A rollout's own costates carry its rounding back, which an unstable plant
+    amplifies on the way there and on the way back.
     """
     u, lower, upper = at.u, data.u_lower, data.u_upper
     n, pull = at.x.shape[1], jax.vmap(lanes.matvec_t)
-    first = first_order(expanded, multipliers)
+    K = feedback
+    if K is not None:
+        K = jnp.where(((lower < u) & (u < upper))[:, :, None], K, 0)
+    first = first_order(expanded, multipliers, K)
     size_F, size_c = jnp.abs(expanded.F), jnp.abs(first.c)
-
-    def of_costates(costate: Array) -> Array:
-        """The size of the terms that each is summed from."""
-        terms = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(costate[1:]))
-        return jnp.concatenate([terms[1:], jnp.abs(costate[-1:])])
-
-    if led_to is not None:
-        costate, led = led_to
-        # Each over the largest terms of its state. A tolerance would not do: what they lack, the
-        # plant amplifies on the way back.
-        off = first.c[:, :n] + pull(expanded.F[:, :, :n], costate[1:]) - costate[:-1]
-        off = jnp.concatenate([off[1:], (first.c_final - costate[-1])[None]])
-        most = jnp.max(of_costates(costate), axis=0)
-        off = jnp.max(jnp.abs(off), axis=0)
-        led = led & lanes.every(off <= _COSTATE * lanes.eps(u) * most, 1)
-        costate = jnp.where(led, costate, first.costate)
-        first = first._replace(
-            costate=costate, control_pull=pull(expanded.F[:, :, n:], costate[1:])
-        )
+    of_costate = size_c[:, :n] + pull(size_F[:, :, :n], jnp.abs(first.costate[1:]))
+    of_costate = jnp.concatenate([of_costate[1:], jnp.abs(first.costate[-1:])])
     gradient = first.control_cost + first.control_pull
     held = clamped(gradient, u, lower, upper)
     # Stricter than the KKT residual: a control one ulp away from its bound is not clamped, so its
@@ -78,8 +65,13 @@ def assess(
     # is what the controls would pay, be they a rounding of those that the search began with.
     size_u = jnp.maximum(jnp.abs(u), lanes.eps(u) * jnp.abs(data.u_init))
     price = jax.vmap(lanes.matvec)(jnp.abs(expanded.C[:, n:, n:]), size_u)
-    terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costates(first.costate))
+    terms = jnp.maximum(size_c[:, n:], price) + pull(size_F[:, :, n:], of_costate)
     size = jnp.max(terms, axis=(0, 1))
+    loose = jnp.zeros(residual.shape, bool)
+    if K is not None:
+        # A tolerance would not do: what they lack, the plant amplifies on the way back.
+        off = jnp.max(jnp.abs(pull(K, gradient)), axis=0)
+        loose = ~lanes.every(off <= _COSTATE * lanes.eps(u) * jnp.max(of_costate, axis=0), 1)
     curvature = jnp.max(jnp.abs(jax.vmap(lanes.diagonal)(expanded.C[:, n:, n:])), axis=(0, 1))
     rest = 4 * lanes.eps(u) * jnp.sqrt(curvature) * jnp.sqrt(jnp.sum(jnp.abs(at.costs), axis=0))
     projected = jnp.max(jnp.abs(jnp.clip(u - gradient, lower, upper) - u), axis=(0, 1))
@@ -92,17 +84,25 @@ def assess(
         kkt_residual=projected,
         residual=residual,
         size=size,
+        loose=loose,
         rest=rest,
         finite=all_finite(shown, residual.ndim),
     )
 
 
 def noise_of(
-    at: Iterate, here: Assessment, H: Array, F: Array, H_final: Array, tolerance: Array
+    at: Iterate,
+    here: Assessment,
+    H: Array,
+    F: Array,
+    H_final: Array,
+    tolerance: Array,
+    feedback: Array,
 ) -> Array:
     """The size of rounding in the residual; 0 where that leaves fewer than half of the digits of
     the tolerance."""
-    noise, terms = hidden(at.x, at.u, here.first.costate, here.gradient, H, F, H_final)
+    K = jnp.where(here.clamped[:, :, None], 0, feedback)
+    noise, terms = hidden(at.x, at.u, here.first.costate, here.gradient, H, F, H_final, K)
     noise = jnp.max(jnp.where(here.clamped, 0, noise), axis=(0, 1))
     holds = noise <= tolerance**0.5 * jnp.max(terms, axis=(0, 1))
     return jnp.where(holds, noise, 0)

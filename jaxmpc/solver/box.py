@@ -13,7 +13,6 @@ nowhere, it begins again with all states at x_init; and if that leads nowhere, i
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -60,8 +59,8 @@ class Search(NamedTuple):
     bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
     drowned: Array  # so did the last step that was kept
-    costate: Array  # [T+1, n], where it led to,
-    led: Array  # which is what the iterate is held against
+    K: Array  # [T, m, n], its feedback,
+    led: Array  # under which the iterate is held against the first-order conditions
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
     again: Array  # begun for the second time
     fresh: Array  # at states that are no rollout, and not yet evaluated
@@ -90,7 +89,7 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         bending=jnp.ones_like(nan),
         noisy=~wanted,
         drowned=~wanted,
-        costate=jnp.zeros_like(first.x),
+        K=jnp.zeros((*u.shape[:2], first.x.shape[1], *wanted.shape), nan.dtype),
         led=jnp.zeros_like(wanted),
         finish=~wanted,
         again=jnp.zeros_like(wanted),
@@ -103,14 +102,15 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
 def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Search, Record]:
     """Evaluate the iterate of every running problem; stop there, or move on."""
     dtype = data.x_init.dtype
-    tolerance, goal = tolerances(options, dtype)
+    asked, goal = tolerances(options, dtype)
     running, at = s.status == RUNNING, s.at
 
     # Evaluate.
     at = lanes.select(s.fresh, with_gaps(problem, data, at.u, at.x), at)
     expanded = expand(problem, data.theta, at.x, at.u)
-    # Where only rounding is left, the costates of the step say how much of the residual that is.
-    here = assess(data, at, expanded, data.multipliers, (s.costate, s.led))
+    # Where only rounding is left, the feedback keeps it from growing on the way there and back.
+    feedback = jnp.where(s.led, s.K, 0)
+    here = assess(data, at, expanded, data.multipliers, feedback)
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
     # Across gaps the costates mean nothing, and may overflow: nothing is small there.
@@ -122,17 +122,18 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         size=jnp.where(gaping, 0, here.size),
         rest=jnp.where(gaping, 0, here.rest),
     )
+    tolerance, goal = (jnp.where(s.led & here.loose, 0, a) for a in (asked, goal))
 
     # Judge.
     out_of_time = s.iterations >= options.max_iterations
     finish = s.finish & ~s.fresh
     forced = running & gaping & (finish | out_of_time)
     # The sampling is dear: for residuals that seem to be rounding, though above the tolerance.
-    ending = (s.noisy | finish | out_of_time) & ~gaping
+    ending = (s.led | s.noisy | finish | out_of_time) & ~gaping
     doubtful = running & ending & ~(here.residual <= tolerance * here.size)
     noise = lax.cond(
         jnp.any(doubtful),
-        lambda: noise_of(at, here, H, expanded.F, H_final, tolerance),
+        lambda: noise_of(at, here, H, expanded.F, H_final, asked, feedback),
         lambda: jnp.zeros_like(here.residual),
     )
     judged = judge(
@@ -169,8 +170,6 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         problem, near, at, step, verdict.escape, wanted, noise, decay, gaping=gaping, forced=forced
     )
 
-    costate = used.v + jax.vmap(lanes.matvec)(used.factors.V, new.x - at.x)
-
     # Record.
     moves, failed = ~verdict.stop & length.accepted, ~verdict.stop & ~length.accepted
     # Where a step led out of range, it may have lowered the regularization before that was seen.
@@ -204,8 +203,8 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         bending=jnp.where(blended & ~verdict.stop, bending, s.bending),
         noisy=moves & length.noisy,
         drowned=jnp.where(moves, length.noisy, s.drowned),
-        costate=lanes.select(moves, costate, s.costate),
-        led=jnp.where(moves, length.noisy, s.led & ~judged.back),
+        K=lanes.select(moves, used.factors.K, s.K),
+        led=jnp.where(moves, length.noisy, s.led),
         finish=(judged.back & judged.small)
         | (exhausted & ~verdict.escape & ~returns)
         | forced

@@ -22,36 +22,50 @@ _SAMPLES = 3
 
 @lanes.any_rank
 def hidden(
-    x: Array, u: Array, costate: Array, gradient: Array, H: Array, F: Array, H_final: Array
+    x: Array,
+    u: Array,
+    costate: Array,
+    gradient: Array,
+    H: Array,
+    F: Array,
+    H_final: Array,
+    feedback: Array | None = None,
 ) -> tuple[Array, Array]:
     """[T, m], the size of rounding in the gradient ∇_u J of a trajectory, with the Hessian H of
-    its Hamiltonian; and the size of all terms that cancel in it, or in the costates before it."""
+    its Hamiltonian; and the size of all terms that cancel in it, or in the costates before it.
+
+    With ``feedback`` [T, m, n] the controls answer by these gains: on the way there the errors grow
+    as the closed loop's do, and so they do on the way back.
+    """
     (T, n), eps = F.shape[:2], lanes.eps(x)
+    K = jnp.zeros((T, u.shape[1], n, *x.shape[2:]), x.dtype) if feedback is None else feedback
     # The samples are an axis before the batch.
     shape = (T + 1, x.shape[1] + F.shape[2], _SAMPLES, *[1] * (x.ndim - 2))
     signs = jnp.asarray(np.random.default_rng(0).choice([-eps, eps], shape), x.dtype)
 
     def forward(dx, stage):
-        F, z, signs = stage
+        F, K, z, signs = stage
         error = signs[:n] * lanes.matvec(jnp.abs(F), jnp.abs(z))[:, None]
-        return lanes.matvec(F[:, :n, None], dx) + error, dx
+        dz = jnp.concatenate([dx, lanes.matvec(K[:, :, None], dx)])
+        return lanes.matvec(F[:, :, None], dz) + error, dz
 
     def backward(later, stage):
         dcostate, size_next = later
-        F, H, z, dx, costate, costate_next, gradient, signs = stage
+        F, H, K, z, dz, costate, costate_next, gradient, signs = stage
         # The terms of ∇ of the Hamiltonian; its own in states and controls are not larger.
         size = lanes.matvec_t(jnp.abs(F), jnp.abs(costate_next))
         size = size + lanes.matvec(jnp.abs(H), jnp.abs(z))
         size = size + jnp.concatenate([jnp.abs(costate), jnp.abs(gradient)])
-        dz = lanes.matvec_t(F[:, :, None], dcostate) + lanes.matvec(H[:, :n, None], dx)
-        dz = dz + signs[n:] * size[:, None]
+        error = lanes.matvec_t(F[:, :, None], dcostate) + lanes.matvec(H[:, :, None], dz)
+        error = error + signs[n:] * size[:, None]
+        dcostate = error[:n] + lanes.matvec_t(K[:, :, None], error[n:])
         terms = size[n:] + lanes.matvec_t(jnp.abs(F[:, n:]), size_next)
-        return (dz[:n], size[:n]), (jnp.max(jnp.abs(dz[n:]), axis=1), terms)
+        return (dcostate, size[:n]), (jnp.max(jnp.abs(error[n:]), axis=1), terms)
 
     z = z_of(x, u)
-    dx_final, dx = lax.scan(forward, signs[T, :n] * jnp.abs(x[0])[:, None], (F, z, signs[:T]))
+    dx_final, dz = lax.scan(forward, signs[T, :n] * jnp.abs(x[0])[:, None], (F, K, z, signs[:T]))
     size = jnp.abs(costate[T]) + lanes.matvec(jnp.abs(H_final), jnp.abs(x[T]))
     dcostate = lanes.matvec(H_final[:, :, None], dx_final) + signs[T, n : 2 * n] * size[:, None]
-    stages = F, H, z, dx, costate[:-1], costate[1:], gradient, signs[:T]
+    stages = F, H, K, z, dz, costate[:-1], costate[1:], gradient, signs[:T]
     _, (noise, terms) = lax.scan(backward, (dcostate, size), stages, reverse=True)
     return noise, terms
