@@ -136,6 +136,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         lambda: noise_of(at, here, H, expanded.F, H_final, asked, feedback),
         lambda: jnp.zeros_like(here.residual),
     )
+    noise = jnp.where(doubtful, noise, 0)  # whoever else is
     judged = judge(
         here, s.residual_before, running=running, moved=(s.iterations > 0) & ~finish,
         noisy=s.noisy, finish=finish & ~gaping, out_of_time=out_of_time & ~gaping,
