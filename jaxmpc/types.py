@@ -89,8 +89,8 @@ class Options:
         the first, which moves controls off their bounds, do not heed it.
       hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
         leaves Q_uu positive definite, and as much of it as does elsewhere; "ilqr" takes the
-        paper's, with ∇²cost, until the objective changes by rounding only: the last digits come
-        from the exact one there, too. With constraints
+        paper's, with ∇²cost, as long as that is positive definite and the objective changes by
+        more than rounding; the exact one stands in. With constraints
         "exact" has the rows in it, and where it is not positive definite ∇²cost stands in, made
         so; if steps get short, the exact one, made so. "ilqr" always takes ∇²cost, made convex.
       backward_hessian: the Hessian in the backward pass of ``mpc_solve``: "exact" (the gradients

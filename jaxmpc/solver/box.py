@@ -191,6 +191,9 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     to_beat = jnp.where(s.drowned, jnp.minimum(here.residual, s.residual_before), here.residual)
     raise_it |= judged.back & ~no_better
     lower_it = moves & (s.noisy | ~length.noisy & length.right)
+    if options.hessian != "exact":  # the regularization so far was that of another Hessian
+        drowns = moves & length.noisy & ~s.drowned
+        lower_it, lowered = lower_it | drowns, jnp.where(drowns, 0, lowered)
     regularization = jnp.where(lower_it, lowered, s.regularization)
     regularization = jnp.where(raise_it, raised, regularization)
     more, less = jnp.minimum(s.bending * _BEND_MORE, 1), jnp.maximum(s.bending / _BEND_LESS, _LEAST)

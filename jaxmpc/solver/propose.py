@@ -44,8 +44,9 @@ def propose(
     of the plan that the Gauss-Newton step proposes, under its feedback, as ``exact_at`` gives the
     Hessian at any; and of that curvature the share ``bending``, the rest being ∇²cost.
 
-    Where the objective has ``drowned`` in rounding only the residual is left to fall, which ∇²cost
-    does not promise: there ``hessian="ilqr"`` takes the exact one, too.
+    ``hessian="ilqr"`` takes ∇²cost. Where the objective has ``drowned`` in rounding only the
+    residual is left to fall, which ∇²cost does not promise: there it takes the exact Hessian.
+    Either stands in where the other is not convex, and it is.
 
     With ``certify`` nothing is regularized, the active set is that of the iterate, and the factors
     are those of its exact KKT matrix.
@@ -72,7 +73,8 @@ def propose(
 
     def blended() -> Recursion:
         if options.hessian != "exact":
-            return recursion(*convex)
+            other = recursion(*lanes.select(drowned | gaping, convex, (H, H_final)))
+            return lanes.select(definite(other.factors), other, with_exact)
 
         def again(before: Recursion, share: Array) -> tuple[Recursion, None]:
             share = jnp.where(gaping, 0, share * bending)
