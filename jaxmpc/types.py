@@ -31,7 +31,9 @@ class Status(enum.IntEnum):
       |∇²_u cost| |u| where that is more, and |B|ᵀ (|∇_x cost| + |A|ᵀ |λ|), A and B the Jacobians of
       the dynamics and λ the costates, the largest along the plan: the cost may have any unit. What
       rounding changes in ∇_u J is sampled (see ``Solution.kkt_residual``), and counts while it
-      leaves half of the tolerance's digits. Where all of that vanishes, at rest, a residual counts
+      leaves half of the tolerance's digits; where steps change the objective by rounding only, both
+      are of controls that answer by the step's feedback, through which an unstable plant does not
+      amplify it. Where all of that vanishes, at rest, a residual counts
       for nothing whose square, over ∇²_u cost, is below the square of rounding in the objective.
       With ``Constraints`` nothing depends on units: each row holds to
       tolerance · Σ_j |G_ij| |z_j|, its own size, with G its Jacobian and |z_j| the largest that
