@@ -28,7 +28,8 @@ class Row:
     g: object  # an expression; None: the library has a row there that says nothing
     sign: float = 1.0  # of its multiplier there
     equality: bool = False
-    price: int | None = None  # soft: the place in the prices of the inequality's slack
+    prices: tuple = (np.inf, 0.0)  # linear and quadratic
+    price: int | None = None  # at the stages: the place in the prices of the inequality's slack
 
 
 class Dense:
@@ -81,17 +82,23 @@ class Dense:
         f, T = self.family, self.family.T
         first = dict.fromkeys(KINDS, 0)
         for r in f.rows:
-            ending = r.on == "terminal"
-            kind = ("terminal_" if ending else "") + ("equality" if r.equality else "inequality")
-            stages = {"stage": range(T), "state": range(1, T), "terminal": [T]}[r.on]
-            for t in stages:
-                values = r.fn(CASADI, states[t], U[:, t] if r.on == "stage" else None, t, p)
-                for i, value in enumerate(values):
-                    soft = np.isfinite(np.broadcast_to(r.linear, len(values))[i])
-                    place = first[kind] + i
-                    at = (place,) if ending else (t, place)
-                    yield Row(kind, at, value, 1.0, r.equality, place if soft else None)
-            first[kind] += len(values)
+            of_stages = {"stage": range(T), "state": range(1, T), "terminal": ()}[r.on]
+            for kind, stages in (("", of_stages), ("terminal_", [] if r.on == "stage" else [T])):
+                kind += "equality" if r.equality else "inequality"
+                count = 0
+                for t in stages:
+                    u = U[:, t] if r.on == "stage" else None
+                    values = r.fn(CASADI, states[t], u, t, p)
+                    count = len(values)
+                    prices = zip(
+                        *(np.broadcast_to(w, count) for w in (r.linear, r.quadratic)), strict=True
+                    )
+                    for i, (value, own) in enumerate(zip(values, prices, strict=True)):
+                        place = first[kind] + i
+                        soft = place if np.isfinite(own[0]) and t < T else None
+                        at = (t, place) if t < T else (place,)
+                        yield Row(kind, at, value, 1.0, r.equality, own, soft)
+                first[kind] += count
         for name, sign in (("x_upper", 1.0), ("x_lower", -1.0)):
             if name in self.inputs:
                 finite = np.isfinite(getattr(f, name))
@@ -121,8 +128,8 @@ class System:
         signed = [r.sign * getattr(plan.multipliers, r.kind)[r.place] for r in dense.rows]
         nu = np.array(signed, float)
         linear, quadratic = (
-            np.array([np.inf if r.price is None else given[w][r.price] for r in dense.rows])
-            for w in ("linear", "quadratic")
+            np.array([r.prices[k] if r.price is None else given[w][r.price] for r in dense.rows])
+            for k, w in enumerate(("linear", "quadratic"))
         )
         soft = np.isfinite(linear)
         equality = np.array([r.equality for r in dense.rows], bool)
