@@ -46,7 +46,7 @@ def pack(tree: Any, batch_axes: int) -> Packed:
         shape, batch = leaf.shape[: leaf.ndim - batch_axes], leaf.shape[leaf.ndim - batch_axes :]
         name = f"{leaf.dtype.name} {seen[leaf.dtype.name] // _TOGETHER}"
         seen[leaf.dtype.name] += 1
-        parts.setdefault(name, []).append(leaf.reshape(-1, *batch))
+        parts.setdefault(name, []).append(leaf.reshape(math.prod(shape), *batch))
         shapes.append((name, shape))
     arrays = {name: jnp.concatenate(flat) for name, flat in parts.items()}
     return Packed(arrays, treedef, tuple(shapes))
