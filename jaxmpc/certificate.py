@@ -1,9 +1,8 @@
 """How far to trust a plan and its gradient: numbers for each problem."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxmpc import validation
 from jaxmpc.batch import lanes
 from jaxmpc.batch.unchecked import unchecked
+from jaxmpc.problem.barrier import with_barrier, with_tau
 from jaxmpc.problem.expansions import Expansion, constraint_values, expand, hessians
 from jaxmpc.problem.prices import Prices, RowState, add_curvature, margins, slopes
 from jaxmpc.problem.problem import Data, Problem
@@ -24,8 +24,11 @@ from jaxmpc.riccati.point import Point, Rhs, Rows
 from jaxmpc.riccati.rows import largest, per_row
 from jaxmpc.riccati.sequential import row_freedom
 from jaxmpc.solver.assessment import assess
-from jaxmpc.solver.iterate import new_iterate
-from jaxmpc.types import Constraints, Cost, Dynamics, Solution, TerminalCost
+from jaxmpc.solver.inside import towards
+from jaxmpc.solver.iterate import Iterate, new_iterate
+from jaxmpc.solver.linearization import Linearization
+from jaxmpc.solver.springs import around, springs_of, system_with, unit
+from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 _INVERSE_ITERATIONS = 30
 
@@ -59,6 +62,14 @@ class Certificate:
         random signs: the relative error of its states, controls, costates and multipliers, as far
         as solving for the residual once more shows it. Large beside the accuracy of the dtype: a
         horizon too long or a system too stiff for it. Take float64.
+      barrier: with ``Options.smoothing``, τ, in units of the objective; else None, as are the next.
+      shift: how far a control of the plan with that barrier is from the plan without, to first
+        order: the largest. Large beside the range of the controls: the gradient is that of another
+        plan. Take less smoothing.
+      smoothed: the share, in [0, 1], of a gradient that is due to smoothing: for a cotangent of the
+        controls with random signs, with w the adjoint solution and w₀ that of the exact plan,
+        |w − w₀| / (|w − w₀| + |w₀|). 1: the exact gradient is zero. 0 with ``smoothed="plan"``,
+        whose gradient is exact for its plan.
     """
 
     kkt_residual: Array
@@ -66,6 +77,9 @@ class Certificate:
     slack: Array
     curvature: Array
     adjoint_residual: Array
+    barrier: Array | None = None
+    shift: Array | None = None
+    smoothed: Array | None = None
 
 
 def certify(
@@ -79,13 +93,16 @@ def certify(
     u_lower: ArrayLike | None = None,
     u_upper: ArrayLike | None = None,
     constraints: Constraints | None = None,
+    options: Options = Options(),
 ) -> Certificate:
     """The ``Certificate`` of a solution of ``mpc_solve``: what to look at before trusting it.
 
     The arguments are those that ``solution`` was made with; one problem, no batch axis, batch with
-    ``jax.vmap``. Of the solution only ``u`` and the multipliers count: everything else is computed
-    anew: one expansion of the problem at the plan, one factorization, and some thirty back
-    substitutions. The numbers are constants to differentiation.
+    ``jax.vmap``. Of the options only those of smoothing count: with ``smoothed="plan"``, the
+    problem is that with the barrier. Of the solution only ``u`` and the multipliers count:
+    everything else is computed anew: one expansion of the problem at the plan, one factorization,
+    and some thirty back substitutions; with smoothing, up to twenty factorizations. The numbers are
+    constants to differentiation.
 
     Raises:
       TypeError, ValueError: as ``mpc_solve``.
@@ -121,15 +138,34 @@ def certify(
     )
     if constraints is not None:
         constraints = dataclasses.replace(constraints, multipliers=solution.multipliers)
-    problem, data, _ = trace(
+    problem, data, options = trace(
         cost, dynamics, x_init, solution.u, params, terminal_cost=terminal_cost, u_lower=u_lower,
-        u_upper=u_upper, constraints=constraints,
+        u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
-    run: Callable[[Data], Certificate] = unchecked(jax.jit(functools.partial(_certify, problem)))
-    return run(lax.stop_gradient(data))
+
+    @jax.jit
+    def numbers(data: Data, smoothing: ArrayLike | None) -> Certificate:
+        if smoothing is None:
+            return _certify(problem, data)[0]
+        smoothing = jnp.asarray(smoothing, data.u_init.dtype)
+        if options.smoothed == "gradient":
+            return _of_smoothed_gradient(problem, data, smoothing)
+        return _of_smoothed_plan(*with_barrier(problem, data, smoothing), smoothing)
+
+    run: Callable[[Data, ArrayLike | None], Certificate] = unchecked(numbers)
+    return run(*lax.stop_gradient((data, options.smoothing)))
 
 
-def _certify(problem: Problem, data: Data) -> Certificate:
+class _Basis(NamedTuple):
+    """What a certificate is computed from."""
+
+    at: Iterate
+    point: Point
+    found: Linearization
+    system: System
+
+
+def _certify(problem: Problem, data: Data) -> tuple[Certificate, _Basis]:
     at = new_iterate(problem, data, data.u_init)
     expanded = expand(problem, data.theta, at.x, at.u)
     g = constraint_values(problem, data.theta, at.x, at.u)
@@ -137,8 +173,10 @@ def _certify(problem: Problem, data: Data) -> Certificate:
     state = _row_state(g, data.multipliers, stiffness, data.prices)
     here = assess(data, at, expanded, state.multiplier)
     costate = here.first.costate
-    H, C_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, state.multiplier)
-    H, C_final = add_curvature(H, C_final, expanded.G, state, data.prices)
+    hessian, hessian_final = hessians(
+        problem, data.theta, at.x, at.u, expanded, costate, state.multiplier
+    )
+    H, C_final = add_curvature(hessian, hessian_final, expanded.G, state, data.prices)
     free, lower, upper = ~here.clamped, data.u_lower, data.u_upper
     weights = per_row(lambda stiffness: stiffness / lanes.eps(at.u) ** 0.5, stiffness)
     rows = ActiveRows(expanded.G, state.active, weights)
@@ -150,13 +188,49 @@ def _certify(problem: Problem, data: Data) -> Certificate:
     slack = jnp.where(free, jnp.minimum(upper - at.u, at.u - lower), jnp.inf)
     of_rows = margins(g, state, data.prices)
     missed = per_row(lambda g, active: jnp.where(active, jnp.abs(g), 0), g, state.active)
-    return Certificate(
+    certificate = Certificate(
         kkt_residual=jnp.maximum(here.kkt_residual, largest(missed)),
         multiplier=jnp.minimum(jnp.min(multiplier), of_rows[0]),
         slack=jnp.minimum(jnp.min(slack), of_rows[1]),
         curvature=_smallest_curvature(system, at.u),
         adjoint_residual=_adjoint_residual(system, at.x, at.u),
     )
+    found = Linearization(
+        factors, hessian, expanded.F, hessian_final, here.gradient, expanded.G, state, weights
+    )
+    point = Point(at.x, at.u, costate, state.multiplier)
+    return certificate, _Basis(at, point, found, system)
+
+
+def _of_smoothed_gradient(problem: Problem, data: Data, smoothing: Array) -> Certificate:
+    certificate, (at, point, found, system) = _certify(problem, data)
+    where = point, data.theta, data.prices
+    a = around(problem, data, where, found, system.free, found.state, jnp.array(True))
+    tau = smoothing * unit(a, at.x, at.u)
+    way, _ = towards(a, tau)
+    soft, _ = system_with(a, springs_of(a, a.exact, tau, walls=True))
+    none = jax.tree.map(jnp.zeros_like, point)
+    signs = jax.random.rademacher(jax.random.key(2), at.u.shape, at.u.dtype)
+    cotangent = adjoint_rhs(none._replace(u=signs))
+    exact, smooth = (kkt_solve(SEQUENTIAL, s, cotangent).u for s in (system, soft))
+    made, own = jnp.linalg.norm(smooth - exact), jnp.linalg.norm(exact)
+    share = made / jnp.where(made + own > 0, made + own, 1)
+    moved = jnp.where(tau > 0, jnp.max(jnp.abs(way.u)), 0)
+    return dataclasses.replace(certificate, barrier=tau, shift=moved, smoothed=share)
+
+
+def _of_smoothed_plan(problem: Problem, data: Data, tau: Array) -> Certificate:
+    certificate, (at, _, _, system) = _certify(problem, data)
+
+    def slopes_at(tau: Array) -> tuple[Array, Array]:
+        expanded = expand(problem, with_tau(data.theta, tau), at.x, at.u)
+        return expanded.c, expanded.c_final
+
+    _, (c, c_final) = jax.jvp(slopes_at, (tau,), (tau,))
+    rhs = Rhs(jnp.zeros_like(at.x[0]), c, jnp.zeros_like(at.x[1:]), c_final, _none(system.rows))
+    shift = jnp.max(jnp.abs(kkt_solve(SEQUENTIAL, system, rhs).u))
+    zero = jnp.zeros_like(tau)
+    return dataclasses.replace(certificate, barrier=tau, shift=shift, smoothed=zero)
 
 
 def _stiffness(expanded: Expansion) -> Rows:

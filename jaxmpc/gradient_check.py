@@ -59,6 +59,7 @@ class GradientReport:
         numbers = ", ".join(
             f"{field.name} {float(getattr(self.certificate, field.name)):.1e}"
             for field in dataclasses.fields(self.certificate)
+            if getattr(self.certificate, field.name) is not None
         )
         lines = [f"{self.status.name}: {numbers}"]
         width = max([5, *(len(check.name) for check in self.checks)])
@@ -102,7 +103,8 @@ def check_gradients(
     * the plan jumps: another local minimum, or a discontinuous cost or dynamics;
     * cost or dynamics have a kink at the plan;
     * none of these: a derivative that the user's functions define wrongly (a ``jax.custom_jvp``, a
-      ``stop_gradient``), or ``Options.backward_hessian="ilqr"``.
+      ``stop_gradient``), ``Options.backward_hessian="ilqr"``, or ``Options.smoothing`` of the
+      gradient alone, which is that of no plan (with ``smoothed="plan"`` it is, and they agree).
 
     For a look from outside of jit, in float64 if it can be: in float32 re-solved differences have
     two or three digits.
@@ -176,7 +178,7 @@ def check_gradients(
     value = float(value)
     certificate = certify(
         cost, dynamics, inputs["x_init"], solution, params, terminal_cost=terminal_cost,
-        u_lower=u_lower, u_upper=u_upper, constraints=constraints,
+        u_lower=u_lower, u_upper=u_upper, constraints=constraints, options=options,
     )  # fmt: skip
     eps = lanes.eps(solution.u)
     step = eps ** (1 / 3) if step is None else step
@@ -217,6 +219,8 @@ def check_gradients(
         noise = _ROUNDINGS * eps * max(1.0, abs(value)) / step
         ok = abs(gradient - difference) <= rtol * scale + noise
         reason = "" if ok else _reason(solution, before, after, sides, difference, scale)
+        if reason and options.smoothing is not None and options.smoothed == "gradient":
+            reason = 'smoothed: the gradient of no plan (that of smoothed="plan" is one)'
         checks.append(GradientCheck(name, gradient, difference, sides, bool(ok), reason))
     return GradientReport(tuple(checks), certificate, Status(int(solution.status)))
 

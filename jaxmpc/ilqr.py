@@ -11,7 +11,7 @@ from jaxmpc.derivative.refused import refused
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.problem import Data, Problem
 from jaxmpc.problem.trace import trace
-from jaxmpc.solver.loop import solver
+from jaxmpc.smoothed import solving
 from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
@@ -92,8 +92,8 @@ def ilqr_box(
 
 def without_gradient(problem: Problem, data: Data, options: Options, message: str) -> Solution:
     """The solution, of which reverse mode is a TypeError with that message."""
-    solve = solver(problem)
-    run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)[0]))
+    solve = solving(problem, options, lambda _, solver: lambda *args: solver(*args)[0])
+    run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)))
     solution: Solution = unchecked(run)(lax.stop_gradient(data), options)
     refusing: Solution = refused(message)(solution, data)
     return refusing

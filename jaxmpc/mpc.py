@@ -6,12 +6,12 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxmpc.batch.unchecked import unchecked
-from jaxmpc.derivative.implicit import differentiable, traced_once
+from jaxmpc.derivative.implicit import differentiable
 from jaxmpc.derivative.refused import no_reverse
 from jaxmpc.ilqr import without_gradient
 from jaxmpc.problem.constraints import for_user
 from jaxmpc.problem.trace import trace
-from jaxmpc.solver.loop import solver
+from jaxmpc.smoothed import solving
 from jaxmpc.types import Constraints, Cost, Dynamics, Options, Solution, TerminalCost
 
 
@@ -130,7 +130,7 @@ def mpc_solve(
     )  # fmt: skip
     if problem.forward_only:
         return without_gradient(problem, data, options, no_reverse(problem))
-    solve = differentiable(problem, traced_once(solver(problem)))
+    solve = solving(problem, options, differentiable)
     run = jax.jit(lambda data, options: for_user(problem, data, solve(data, options)))
     solution: Solution = unchecked(run)(data, options)
     return solution

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxmpc.record import lines_of
-from jaxmpc.types import Solution, Status
+from jaxmpc.types import Smoothing, Solution, Status
 
 _ADVICE = {
     Status.MAX_ITERATIONS: "raise Options.max_iterations, or start from a better u_init",
@@ -88,6 +88,8 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
             elif kinks:
                 advice += f"\n  {'':<15}{kinks:>7}          ({_AT_A_KINK})"
             lines.append(f"  {kind.name:<15}{count:>7} {100 * count / total:6.1f} %{advice}")
+    if solution.smoothing is not None:
+        lines.append(f"  {'smoothed':<15}{_smoothing(solution.smoothing)}")
     lines.append(_row("iterations", iterations, "{:.0f}"))
     lines.append(_row("KKT residual", residual, "{:.1e}"))
     lines.append(_row("objective", objective, "{:.6g}"))
@@ -117,6 +119,15 @@ def summarize(solution: Solution, *, show: int = 5) -> str:
         if order.size > show:
             lines.append(f"    … and {order.size - show} more")
     return "\n".join(lines)
+
+
+def _smoothing(smoothing: Smoothing) -> str:
+    values = np.ravel(smoothing.value)
+    low, high = np.min(values), np.max(values)
+    value = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    if smoothing.smoothed == "plan":
+        return f"the plan, by a barrier of {value}"
+    return f"the gradient, by {value} of what bounds and rows withhold; the plan is exact"
 
 
 def _at_a_kink(solution: Solution) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 DerivativeRule = Literal["vjp", "jvp"]
 RiccatiMethod = Literal["auto", "sequential", "parallel"]
+Smoothed = Literal["gradient", "plan"]
 
 # The user's functions, of (x [n], u [m], t, params); those of the end, of (x [n], params). Params
 # are whatever pytree the user passes, and t is an int32 scalar. ``Quadratic`` is a Cost and a
@@ -70,7 +71,7 @@ class Status(enum.IntEnum):
 class Options:
     """Settings of ``ilqr_box`` and ``mpc_solve``; every one has a default that is meant to stay.
 
-    The first five are pytree leaves: changing them does not recompile. The others change the
+    The first six are pytree leaves: changing them does not recompile. The others change the
     program.
 
     Attributes:
@@ -89,6 +90,8 @@ class Options:
         learned network's. Where the search ends is not changed by it, but which local minimum it
         finds may be. With constraints the steps that finish, once the active rows are known, and
         the first, which moves controls off their bounds, do not heed it.
+      smoothing: lets what a bound or a row holds answer in the gradient of ``mpc_solve``, which
+        where all controls are clamped is zero otherwise; None: it is exact. See ``smoothed``.
       hessian: "exact" takes second-order steps, with the Hessian of the Hamiltonian wherever it
         leaves Q_uu positive definite, and as much of it as does elsewhere; "ilqr" takes the
         paper's, with ∇²cost, as long as that is positive definite and the objective changes by
@@ -111,6 +114,19 @@ class Options:
         ``hessian``), where a tangent is one linear solve with the stored factors: the whole
         ∂(x, u)/∂x_init takes n of them, and in reverse mode one for every entry of x and u. JAX
         has no function with both rules; reverse mode of "jvp" is its transpose.
+      smoothed: what ``smoothing`` smooths, by a barrier −τ log(distance) that stands for every
+        bound and inequality. "gradient": the plan stays exact, and its gradient is about that of
+        the plan with the barrier. τ is ``smoothing`` times the largest gain that a bound or row
+        withholds (λ²/h, with its multiplier λ and the curvature h that it sees; or λ times the
+        whole range, if that is less), so ``smoothing`` has no unit, and is about the share of the
+        free answer that is left to what is held hardest: 0.1 is much, 0 none. It costs two Riccati
+        recursions. Second derivatives are a TypeError; the gradient of the objective, which needs
+        no smoothing, stays exact. "plan": the plan itself is that of τ = ``smoothing``, in the
+        units of the objective, strictly inside of all bounds and inequalities, and has its exact
+        derivatives, to any order: ``check_gradients`` verifies them. The search for it begins at
+        the exact plan, and takes a few iterations more. In either, equalities and equal bounds
+        hold. Lower ``smoothing`` while training, which does not recompile. It does not help where
+        plans jump between local minima, nor where what should move is when a plan switches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -131,6 +147,7 @@ class Options:
     regularization: ArrayLike = 0.0
     line_search_decay: ArrayLike = 0.5
     trust_region: ArrayLike | None = None
+    smoothing: ArrayLike | None = None
     hessian: Literal["exact", "ilqr"] = dataclasses.field(
         default="exact", metadata=dict(static=True)
     )
@@ -143,6 +160,7 @@ class Options:
     riccati: RiccatiMethod = dataclasses.field(default="auto", metadata=dict(static=True))
     record: int = dataclasses.field(default=0, metadata=dict(static=True))
     derivative: DerivativeRule = dataclasses.field(default="vjp", metadata=dict(static=True))
+    smoothed: Smoothed = dataclasses.field(default="gradient", metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -372,6 +390,15 @@ class Record:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Smoothing:
+    """How a solution was smoothed: see ``Options.smoothing``."""
+
+    value: Array
+    smoothed: Smoothed = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """What ``ilqr_box`` and ``mpc_solve`` return. Every field describes the returned point itself.
 
@@ -401,6 +428,10 @@ class Solution:
         ``Constraints``.
       record: of the iterations, a ``Record``, with ``Options.record``; else None. A constant to
         differentiation.
+      smoothing: with ``Options.smoothing``, a ``Smoothing``; else None. With a barrier in the plan,
+        all but the objective, which is the cost of the plan without it, are of the problem with the
+        barrier: costate, K and kkt_residual, and the multipliers, those of inequalities included.
+        No control is clamped, but between equal bounds.
 
     With ``Constraints``, the objective includes the prices of slack and rate, and kkt_residual is
     that of the Lagrangian or the distance from feasibility and complementarity, whichever is
@@ -423,6 +454,7 @@ class Solution:
     violations: Any = None  # Violations
     initial_violation: Any = None  # Array
     record: Any = None  # Record
+    smoothing: Any = None  # Smoothing
 
 
 @jax.tree_util.register_dataclass

@@ -83,6 +83,8 @@ def ilqr_unrolled(
         cost, dynamics, x_init, u_init, params, terminal_cost=terminal_cost, u_lower=u_lower,
         u_upper=u_upper, options=options,
     )  # fmt: skip
+    if options.smoothing is not None:
+        raise ValueError("options.smoothing is for mpc_solve: ilqr_unrolled needs none")
     unroll = jax.jit(lambda data, options: _unroll(problem, data, options, num_iterations))
     solution = for_user(problem, data, unchecked(unroll)(data, options))
     return refused(no_reverse(problem))(solution) if problem.forward_only else solution

@@ -18,6 +18,7 @@ from jaxmpc.types import (
     Rate,
     RiccatiMethod,
     Slack,
+    Smoothed,
 )
 
 
@@ -279,6 +280,7 @@ _CHOICES = dict(
     unconverged=("zero", "nan", "implicit"),
     riccati=get_args(RiccatiMethod),
     derivative=get_args(DerivativeRule),
+    smoothed=get_args(Smoothed),
 )
 
 
@@ -298,10 +300,13 @@ def check_options(options: Any) -> None:
         max_iterations=("a non-negative integer", lambda v: v >= 0 and float(v).is_integer()),
         regularization=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
         line_search_decay=("between 0 and 1, both excluded", lambda v: 0 < v < 1),
+        smoothing=("non-negative and finite", lambda v: v >= 0 and np.isfinite(v)),
     )
+    if options.smoothed == "plan":
+        checks["smoothing"] = ("positive and finite", lambda v: v > 0 and np.isfinite(v))
     for name, (expected, holds) in checks.items():
         value = getattr(options, name)
-        if value is None and name == "tolerance":
+        if value is None and name in ("tolerance", "smoothing"):
             continue
         if not hasattr(value, "dtype") and not isinstance(value, (int, float)):
             raise TypeError(f"options.{name} must be a number, got {type(value).__name__}")

@@ -16,7 +16,15 @@ MAY_IMPORT = {
     "validation": ["types"],
     "problem": ["batch", "riccati", "types", "validation"],
     "solver": ["batch", "riccati", "types", "validation", "problem"],
-    "derivative": ["batch", "riccati", "types", "validation", "problem", "solver.linearization"],
+    "derivative": [
+        "batch",
+        "riccati",
+        "types",
+        "validation",
+        "problem",
+        "solver.linearization",
+        "solver.springs",
+    ],
     # For writing problems: without any solver.
     "integrators": ["batch", "types", "validation"],
     "tracking": ["validation"],

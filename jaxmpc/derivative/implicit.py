@@ -13,6 +13,9 @@ How the derivative is attached, in three steps:
 
 Second derivatives: the rule of ``fixed`` returns the differentiable solution itself as its primal
 value with a zero tangent, so an outer differentiation sees the point move: every order is right.
+
+With ``Options.smoothing`` the linear system is another one (``solver.springs``), and there is
+nothing of which that would be the derivative: second ones are refused.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxmpc.batch import lanes
 from jaxmpc.derivative import lagrangian
 from jaxmpc.derivative.isolation import Policy, by_policy, stand_in, zeros_unless
+from jaxmpc.derivative.refused import SMOOTHED_TWICE, undifferentiable
 from jaxmpc.derivative.tied import along, materialized, tied
 from jaxmpc.problem.expansions import constraint_values
 from jaxmpc.problem.prices import Prices, RowState, add_curvature, slopes
@@ -42,6 +46,16 @@ from jaxmpc.riccati.kkt import (
 )
 from jaxmpc.riccati.point import Point, Rhs, Rows
 from jaxmpc.solver.linearization import Linearization
+from jaxmpc.solver.springs import (
+    Springs,
+    around,
+    completed,
+    eliminated,
+    springs_of,
+    system_with,
+    unit,
+    with_springs,
+)
 from jaxmpc.types import DerivativeRule, Options, Solution, Status
 
 Solver = Callable[[Data, Options], tuple[Solution, Linearization]]
@@ -70,6 +84,8 @@ def differentiable(problem: Problem, solver: Solver) -> Callable[[Data, Options]
 
     def fixed_rule(primals, _):
         out = solved(*primals)
+        if primals[1].smoothing is not None:
+            out = undifferentiable(SMOOTHED_TWICE)(out)
         return out, jax.tree.map(SymbolicZero.from_primal_value, out)
 
     fixed.defjvp(fixed_rule, symbolic_zeros=True)
@@ -90,11 +106,8 @@ def _with_derivatives(
 ) -> Solution:
     """``solution`` with its derivatives: x, u and costate by the implicit function theorem,
     the objective by the envelope theorem, the gains by that of their recursion."""
-    solved = (solution.status != Status.NONFINITE) & (solution.status != Status.INFEASIBLE)
-    implicit = options.unconverged == "implicit"
-    used = solved if implicit else solution.status == Status.CONVERGED
-    blank = jnp.nan if options.unconverged == "nan" else 0.0
-    policy = Policy(used, jnp.asarray(blank, solution.u.dtype))
+    solved, policy, blank = policy_of(solution, options)
+    used = policy.used
     method, rule = METHODS[options.riccati], options.derivative
 
     # User code is differentiated below and 0 · NaN = NaN, so where there is no point to
@@ -107,8 +120,18 @@ def _with_derivatives(
     at, found = (safe, theta, prices), zeros_unless(used, linearization)
     system, bound_multiplier = _kkt_system(problem, data, options, at, found, free, state)
     to_bound = _to_bound(data, safe.u, free, bound_multiplier)
-    gradient = lagrangian.gradient(problem, theta, prices, data.x_init, safe, state)
-    moving = _tied_point(method, point, gradient, to_bound, system, policy, rule)
+    # What is pinned to its bound, the pieces that rows are on, and their springs, if there are any.
+    pinned, pieces, springs = to_bound, state, None
+    if options.smoothing is not None:
+        boundaries = around(problem, data, at, found, free, state, used)
+        tau = jnp.asarray(options.smoothing, safe.u.dtype) * unit(boundaries, safe.x, safe.u)
+        springs = lax.stop_gradient(springs_of(boundaries, boundaries.exact, tau, walls=True))
+        system, pieces = lax.stop_gradient(system_with(boundaries, springs))
+        pinned = jnp.where(system.free, 0, to_bound)
+    gradient = lagrangian.gradient(problem, theta, prices, data.x_init, safe, pieces)
+    if springs is not None:
+        gradient = with_springs(gradient, springs, data, prices)
+    moving = _tied_point(method, point, gradient, pinned, system, springs, policy, rule)
     value = lagrangian.value(problem, theta, prices, data.x_init, safe, state)
     objective = _tied_value(solution.objective, value, to_bound, bound_multiplier, policy, rule)
     solution = dataclasses.replace(
@@ -120,9 +143,19 @@ def _with_derivatives(
         policy, rule,
     )  # fmt: skip
     g = constraint_values(problem, theta, moving.x, moving.u)
-    found = slopes(g, state._replace(multiplier=moving.multiplier), prices)
+    found = slopes(g, pieces._replace(multiplier=moving.multiplier), prices)
     multipliers = lanes.select(solved, by_policy(found, policy, rule), solution.multipliers)
     return dataclasses.replace(solution, K=K, multipliers=multipliers)
+
+
+def policy_of(solution: Solution, options: Options) -> tuple[Array, Policy, float]:
+    """Whether there is a point to differentiate at, what the gradient is, and what it is if it is
+    not that of the solution."""
+    solved = (solution.status != Status.NONFINITE) & (solution.status != Status.INFEASIBLE)
+    implicit = options.unconverged == "implicit"
+    used = solved if implicit else solution.status == Status.CONVERGED
+    blank = jnp.nan if options.unconverged == "nan" else 0.0
+    return solved, Policy(used, jnp.asarray(blank, solution.u.dtype)), blank
 
 
 def _kkt_system(
@@ -179,10 +212,11 @@ def _tied_point(
     gradient: Rhs,
     to_bound: Array,
     system: System,
+    springs: Springs | None,
     policy: Policy,
     rule: DerivativeRule,
 ) -> Point:
-    """``point``, as a function of ∇L and of the bounds.
+    """``point``, as a function of ∇L and of the bounds; with springs, where there are some.
 
     With M the Hessian of the Lagrangian in y = (x, u, λ, ν), free controls and active rows only,
     dy = −M⁻¹ d(∇L): the backward pass solves M w = −ȳ, the LQR problem (19) with λ̄ in place of f
@@ -190,22 +224,27 @@ def _tied_point(
     rest answers. Forward mode solves M dy = −d(∇L), with what those controls make of it.
     """
 
-    def pull(cotangent, point, gradient, to_bound, system, policy):
-        rhs = adjoint_rhs(zeros_unless(policy.used, cotangent))
+    def pull(cotangent, point, gradient, to_bound, system, springs, policy):
+        given = adjoint_rhs(zeros_unless(policy.used, cotangent))
+        rhs = given if springs is None else eliminated(springs, given)
         w = kkt_solve(method, system, rhs)
         n = system.C_final.shape[0]
         holds = residual(system, w, rhs).c[:, n:]
+        w = w if springs is None else completed(springs, w, given)
         pulled = adjoint_cotangent(w), jnp.where(system.free, 0, holds)
-        return *policy(pulled), None, None
+        return *policy(pulled), None, None, None
 
-    def push(tangents, point, gradient, to_bound, system, policy):
-        rhs, moved = materialized(tangents[:2])
+    def push(tangents, point, gradient, to_bound, system, springs, policy):
+        given, moved = materialized(tangents[:2])
+        rhs = given if springs is None else eliminated(springs, given)
         clamped = jax.tree.map(jnp.zeros_like, point)._replace(u=moved)
         answer = linear_kkt_solve(method, system, residual(system, clamped, rhs))
-        return policy.along(jax.tree.map(jnp.add, answer, clamped))
+        answer = jax.tree.map(jnp.add, answer, clamped)
+        answer = answer if springs is None else completed(springs, answer, given)
+        return policy.along(answer)
 
     tie = tied(pull, push, rule=rule, moves=True)
-    return tie(point, gradient, to_bound, system, policy)
+    return tie(point, gradient, to_bound, system, springs, policy)
 
 
 def _tied_value(

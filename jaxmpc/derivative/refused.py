@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxmpc.problem.problem import Problem
 
@@ -21,6 +22,28 @@ def refused(message: str) -> Callable:
 
     identity.defvjp(lambda value, *others: (value, None), backward)
     return identity
+
+
+def undifferentiable(message: str) -> Callable:
+    """The identity, of which a derivative in any mode is a TypeError with that message."""
+
+    @jax.custom_jvp
+    def identity(value: Any) -> Any:
+        return value
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        if any(type(a) is not SymbolicZero for a in jax.tree.leaves(tangents)):
+            raise TypeError(message)
+        return identity(*primals), jax.tree.map(SymbolicZero.from_primal_value, primals[0])
+
+    identity.defjvp(rule, symbolic_zeros=True)
+    return identity
+
+
+SMOOTHED_TWICE = (
+    'the gradient that Options(smoothing=…, smoothed="gradient") gives is that of no function, and '
+    'has no derivative: for second derivatives take smoothed="plan", or no smoothing'
+)
 
 
 def no_reverse(problem: Problem) -> str:

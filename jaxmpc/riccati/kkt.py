@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxmpc.batch import lanes
 from jaxmpc.batch.batchwise import batchwise
-from jaxmpc.riccati import constrained, parallel, sequential
+from jaxmpc.riccati import constrained, convex, parallel, sequential
 from jaxmpc.riccati.constrained import ActiveRows, System, residual
 from jaxmpc.riccati.point import Point, Rhs, Rows, z_of
 from jaxmpc.riccati.sequential import Factors
@@ -68,6 +68,8 @@ PARALLEL = Method(
     solve_rows=_solve_rows(parallel),
     recursion=(parallel.factorize, parallel.substitute),
 )
+# (C, F, C_final, free, added), of an LQR that need not be convex: always in sequence.
+factorize_convex = _on_lanes(convex.factorize, lambda C, F, C_final, free, added: F)
 # By the names of ``Options.riccati`` and of ``lqr_solve(method=…)``.
 METHODS = {"auto": SEQUENTIAL, "sequential": SEQUENTIAL, "parallel": PARALLEL}
 
