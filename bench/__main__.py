@@ -16,10 +16,11 @@ from bench import (
     mpc,
     report,
     scaling,
+    smoothing,
 )
 
 # A study is a module with a docstring, `add_arguments(parser)` and `run(args)`; it may have a NAME.
-STUDIES = (gradients, mpc, box_lq, constrained, lqr, scaling, compile_time, fixed_point)
+STUDIES = (gradients, mpc, box_lq, constrained, lqr, scaling, compile_time, fixed_point, smoothing)
 
 
 def main(argv=None):

@@ -179,6 +179,17 @@ def test_compile_with_every_kind_of_constraint(quick):
     assert "--systems constraints" in text
 
 
+@pytest.mark.slow
+def test_smoothing(quick):
+    rows, text = quick("smoothing")
+    assert [row["contender"] for row in rows] == [
+        "exact", "gradient", "plan", "unrolled", "randomised", "soft bounds"
+    ]  # fmt: skip
+    for row in rows:
+        assert np.all(np.isfinite(row["loss"]))
+        assert row["contender"] in text
+
+
 @pytest.mark.slow  # compiles the derivative of the unrolled iterations
 def test_fixed_point(quick):
     rows, text = quick("fixed_point")
