@@ -241,8 +241,8 @@ FAULTS = [
     ),
     Fault(
         "the costate is that of the stage before", "problem/expansions.py",
-        "costate = c + lanes.matvec_t(A, costate)",
-        "costate = c - lanes.matvec_t(A, costate)", PLANS,
+        "costate = c + lanes.matvec_t(F, costate)",
+        "costate = c - lanes.matvec_t(F, costate)", PLANS,
     ),
     Fault(
         "the quadratic cost is doubled", "problem/matrices.py",
@@ -333,10 +333,10 @@ FAULTS = [
     ),
     # The other calls.
     Fault(
-        "the rate of a closed loop counts from the first control", "closed_loop.py",
-        "return (x_next, plan, guess, u, multipliers), (",
-        "return (x_next, plan, guess, previous, multipliers), (",
-        "tests/solutions/test_formulation.py tests/public/test_closed_loop.py",
+        "the rate of a closed loop counts from the first control", "warm_start.py",
+        "rate = dataclasses.replace(rate, previous=self.previous)",
+        "rate = dataclasses.replace(rate)",
+        "tests/public/test_warm_start.py tests/public/test_closed_loop.py",
     ),
     Fault(
         "an unrolled step goes to the wrong bound",
