@@ -126,15 +126,8 @@ def solved(name):
     return run(jax.tree.map(jnp.asarray, problem.at(problem.x_init)))
 
 
-@pytest.mark.xdist_group("constrained")
 @pytest.mark.parametrize(
-    "name",
-    ["everything", "state bounds"]
-    + [
-        pytest.param(n, marks=pytest.mark.slow)
-        for n in PROBLEMS
-        if n not in ("everything", "state bounds")
-    ],
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "everything")) for n in PROBLEMS]
 )
 def test_the_plan_of_tau_is_the_dense_interior_one_with_its_gradient(name):
     problem, (grads, solutions) = PROBLEMS[name], solved(name)
