@@ -58,9 +58,8 @@ class Search(NamedTuple):
     regularization: Array
     bending: Array  # the share of λᵀ∇²dynamics in a model that is not convex with all of it
     noisy: Array  # that step changed the objective by rounding only
-    drowned: Array  # so did the last step that was kept
-    K: Array  # [T, m, n], its feedback,
-    led: Array  # under which the iterate is held against the first-order conditions
+    drowned: Array  # so did the last step that was kept: the iterate is held under its feedback
+    K: Array  # [T, m, n], against the first-order conditions
     finish: Array  # nothing is left to try: evaluate the iterate, closed if need be, and stop
     again: Array  # begun for the second time
     fresh: Array  # at states that are no rollout, and not yet evaluated
@@ -88,9 +87,8 @@ def start(problem: Problem, data: Data, options: Options, wanted: Array) -> Sear
         regularization=jnp.broadcast_to(options.regularization, wanted.shape).astype(nan.dtype),
         bending=jnp.ones_like(nan),
         noisy=~wanted,
-        drowned=~wanted,
+        drowned=jnp.zeros_like(wanted),
         K=jnp.zeros((*u.shape[:2], first.x.shape[1], *wanted.shape), nan.dtype),
-        led=jnp.zeros_like(wanted),
         finish=~wanted,
         again=jnp.zeros_like(wanted),
         fresh=jnp.full(wanted.shape, data.x_guess is not None),
@@ -109,7 +107,7 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
     at = lanes.select(s.fresh, with_gaps(problem, data, at.u, at.x), at)
     expanded = expand(problem, data.theta, at.x, at.u)
     # Where only rounding is left, the feedback keeps it from growing on the way there and back.
-    feedback = jnp.where(s.led, s.K, 0)
+    feedback = jnp.where(s.drowned, s.K, 0)
     here = assess(data, at, expanded, data.multipliers, feedback)
     costate = here.first.costate
     H, H_final = hessians(problem, data.theta, at.x, at.u, expanded, costate, data.multipliers)
@@ -122,14 +120,14 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         size=jnp.where(gaping, 0, here.size),
         rest=jnp.where(gaping, 0, here.rest),
     )
-    tolerance, goal = (jnp.where(s.led & here.loose, 0, a) for a in (asked, goal))
+    tolerance, goal = (jnp.where(s.drowned & here.loose, 0, a) for a in (asked, goal))
 
     # Judge.
     out_of_time = s.iterations >= options.max_iterations
     finish = s.finish & ~s.fresh
     forced = running & gaping & (finish | out_of_time)
     # The sampling is dear: for residuals that seem to be rounding, though above the tolerance.
-    ending = (s.led | s.noisy | finish | out_of_time) & ~gaping
+    ending = (s.drowned | finish | out_of_time) & ~gaping
     doubtful = running & ending & ~(here.residual <= tolerance * here.size)
     noise = lax.cond(
         jnp.any(doubtful),
@@ -208,7 +206,6 @@ def trip(problem: Problem, data: Data, options: Options, s: Search) -> tuple[Sea
         noisy=moves & length.noisy,
         drowned=jnp.where(moves, length.noisy, s.drowned),
         K=lanes.select(moves, used.factors.K, s.K),
-        led=jnp.where(moves, length.noisy, s.led),
         finish=(judged.back & judged.small)
         | (exhausted & ~verdict.escape & ~returns)
         | forced
@@ -264,7 +261,6 @@ def _begin_again(data: Data, options: Options, s: Search, failed: Array) -> Sear
         regularization=jnp.where(lost & ended, options.regularization, s.regularization),
         noisy=s.noisy & ~lost,
         drowned=s.drowned & ~lost,
-        led=s.led & ~lost,
         finish=jnp.where(lost, ended, s.finish),
         again=s.again | lost,
         fresh=lost,

@@ -68,8 +68,8 @@ def test_a_solution_is_a_fixed_point(system):
     assert np.all(again.iterations == 0)
     same = dataclasses.replace(solved(system), iterations=again.iterations)
     assert_close((again.x, again.u, again.objective), (same.x, same.u, same.objective), 0)
-    # The costates are those of the step that led there, then those of the rollout: what is left of
-    # the residual, a difference of terms of their size, is so much rounding apart.
+    # The costates are those under feedback, then those of the rollout: what is left of the
+    # residual, a difference of terms of their size, is so much rounding apart.
     size = np.max(np.abs(same.costate))
     assert_close(again.kkt_residual, same.kkt_residual, 1e-14, scale=size)
     assert_close(dataclasses.replace(again, kkt_residual=same.kkt_residual), same, 1e-13)
